@@ -1,0 +1,64 @@
+# The project's commands. `make help` lists them; CONTRIBUTING.md says when to use which.
+#
+# PYTHON    the interpreter that environments are made with (default: python3, 3.11 or newer)
+# WORKERS   processes that run tests side by side (default: 2)
+# ARGS      more arguments for pytest: make test ARGS="-k cleanup"
+
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+export PYTHON
+
+PY := .venv/bin/python
+TYPED := src tests examples benchmarks
+# contracts, crashes, concurrency and the command line take minutes: not in the inner loop
+QUICK := tests/unit tests/property -m "not services and not slow"
+
+.PHONY: help demo test check lint types layers coverage format clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## the main job in the open: a real Glance, an image, its root disks (installs what is missing)
+	@tools/setup.sh demo
+	@PYTHONPATH=tests $(PY) examples/demo/demo.py
+
+test: ## everything: lint, types, layering, the whole suite with real services (installs what is missing)
+	@tools/setup.sh test
+	@$(MAKE) --no-print-directory lint types layers
+	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+check: ## the quick inner loop, under a minute: lint, types, layering, tests without services
+	@tools/setup.sh check
+	@$(MAKE) --no-print-directory lint types layers
+	$(PY) -m pytest -q -n $(WORKERS) $(QUICK) $(ARGS)
+
+lint: .venv ## ruff: lint and format
+	$(PY) -m ruff check --quiet .
+	$(PY) -m ruff format --check --quiet .
+
+types: .venv ## mypy, strict, on the library, its tests and examples
+	$(PY) -m mypy $(TYPED)
+
+layers: .venv ## import-linter: who may import whom (.importlinter)
+	.venv/bin/lint-imports --no-logo
+
+coverage: ## line and branch coverage of the whole suite
+	@tools/setup.sh test
+	$(PY) -m coverage erase
+	$(PY) -m coverage run -m pytest -q $(ARGS)
+	$(PY) -m coverage combine --quiet
+	$(PY) -m coverage report --skip-covered --show-missing
+
+format: .venv ## let ruff mend what it can
+	$(PY) -m ruff check --quiet --fix . || true
+	$(PY) -m ruff format .
+
+.venv:
+	@tools/setup.sh check
+
+clean: ## remove what these commands made: environments, caches, reports
+	rm -rf .venv .venv-glance .work build dist .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf src/*.egg-info .coverage .coverage.*
+	find src tests examples -type d -name __pycache__ -prune -exec rm -rf {} +
