@@ -1,0 +1,215 @@
+"""The engine behind ImageCache: one cache's parts, the hit rule and the way in on a miss."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nova_imagecache._fetch import Fetcher
+from nova_imagecache._flight import Flights, Leader
+from nova_imagecache._guard import GuardedBackend, GuardedSource
+from nova_imagecache._inspect import INSPECTOR_VERSION, inspect_file
+from nova_imagecache._keeper import Keeper
+from nova_imagecache._layout import Root
+from nova_imagecache._locks import Locks
+from nova_imagecache._models import Event, FileLocation
+from nova_imagecache._passes import Passes
+from nova_imagecache._removal import Remover
+from nova_imagecache._space import SpacePolicy
+from nova_imagecache._watch import Watch, call_safely
+from nova_imagecache.backends import BackendPaths
+from nova_imagecache.exceptions import BackendError, ImageRejectedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from nova_imagecache._config import CacheConfig
+    from nova_imagecache._models import BaseImage, Digest, Progress
+    from nova_imagecache._users import UserFinder
+    from nova_imagecache.backends import Backend
+    from nova_imagecache.sources import ImageSource
+
+ATTEMPTS = 3
+"""How often a base may vanish between finding it and using it before the caller hears of it."""
+
+_CHANGE_USAGE = frozenset({"published", "removed", "evicted", "damaged", "recovered"})
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What one call that may bring an image in was told; ImageCache says what each means."""
+
+    source: ImageSource | None
+    expect: Digest | None
+    deadline: float | None
+    cancel: threading.Event | None
+    progress: Callable[[Progress], None] | None
+
+    def watch(self, image_id: str) -> Watch:
+        """The call's deadline, cancel and progress, from now on."""
+        return Watch(image_id, deadline=self.deadline, cancel=self.cancel, progress=self.progress)
+
+
+class Engine:
+    """One cache's parts, put together without any I/O."""
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        source: ImageSource,
+        backend: Backend,
+        *,
+        finders: Sequence[UserFinder],
+        clock: Callable[[], float],
+        on_event: Callable[[Event], None] | None,
+    ) -> None:
+        self.config = config
+        self.source = GuardedSource(source)
+        self.backend = GuardedBackend(config.backend, backend)
+        self.finders = tuple(finders)
+        self.clock = clock
+        self.paths = paths(config)
+        self.root = Root(config.root, backend.properties.storage, group=config.group)
+        self.locks = Locks(self.root.locks, config.lock_timeout.total_seconds())
+        self.remover = Remover(
+            backend=self.backend, finders=self.finders, root=self.root, locks=self.locks, clock=clock
+        )
+        self.passes = Passes(self.remover)
+        self.keeper = Keeper(
+            backend=self.backend,
+            root=self.root,
+            locks=self.locks,
+            passes=self.passes,
+            policy=SpacePolicy(max_bytes=config.max_bytes, min_free_bytes=config.min_free_bytes),
+        )
+        self._on_event = on_event
+        self._start()
+
+    def _start(self) -> None:
+        """What belongs to this process alone: a forked child has none of the threads that would end these."""
+        self._pid = os.getpid()
+        self._flights = Flights(self.locks)
+        self._fetcher = Fetcher(
+            config=self.config,
+            backend=self.backend,
+            root=self.root,
+            keeper=self.keeper,
+            clock=self.clock,
+            slots=threading.BoundedSemaphore(self.config.max_concurrent_fetches),
+        )
+
+    def ensure(self, image_id: str, call: Call, watch: Watch, *, disk_size: int | None = None) -> BaseImage:
+        """The base: a hit, or what this or another thread or process brings in."""
+        self.root.prepare()
+        if os.getpid() != self._pid:
+            self._start()
+        source = self.source if call.source is None else GuardedSource(call.source)
+        fetched = threading.Event()
+
+        def find() -> BaseImage | None:
+            return self._find(image_id, call.expect)
+
+        def fetch(leader: Leader) -> BaseImage:
+            base = self._fetcher.fetch(
+                image_id, source=source, expect=call.expect, disk_size=disk_size, watch=watch, leader=leader
+            )
+            fetched.set()
+            return base
+
+        for _attempt in range(ATTEMPTS):
+            base = find()
+            if base is None:
+                watch.check("wait")
+                request = (id(source.inner), call.expect)
+                try:
+                    base = self._flights.join(image_id, request, find=find, fetch=fetch, watch=watch)
+                finally:
+                    self._tell_evicted()
+            if call.expect is None or base.digest == call.expect:
+                break
+        else:
+            detail = f"others keep publishing other bytes than {call.expect} under this id"
+            raise BackendError(detail, image_id=image_id, stage="publish", todo="Find out who re-uses the image id")
+        if fetched.is_set():
+            self.emit("published", image_id, size=base.record.size, made_by=base.record.made_by)
+        else:
+            self._touch(base)
+            self.emit("used", image_id)
+        return base
+
+    def _tell_evicted(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                self.emit("evicted", self.keeper.evicted.get_nowait())
+
+    def _find(self, image_id: str, expect: Digest | None) -> BaseImage | None:
+        """The hit rule: the base is there, holds the expected bytes, and today's inspector has nothing against it."""
+        base = self.backend.find_base(image_id)
+        if base is None or (expect is not None and base.digest != expect):
+            return None
+        if base.format != "raw" and base.inspected < INSPECTOR_VERSION:
+            self._inspect_again(base)
+        return base
+
+    def _inspect_again(self, base: BaseImage) -> None:
+        if not isinstance(base.location, FileLocation):
+            return
+        try:
+            inspect_file(base.location.path, base.format, image_id=base.image_id)
+        except ImageRejectedError:
+            self.backend.quarantine_base(base)
+            raise
+        except FileNotFoundError:  # removed while we looked; whoever uses it finds out
+            return
+        self.backend.mark_inspected(base, INSPECTOR_VERSION)
+
+    def _touch(self, base: BaseImage) -> None:
+        try:
+            self.backend.touch_base(base)
+        except BackendError as err:  # a lost touch is harmless, a lost hit is not
+            _log.warning("base %s: its use could not be noted: %s", base.image_id, err)
+
+    @contextmanager
+    def disk_lock(self, disk_id: str, name: str, watch: Watch | None = None) -> Iterator[None]:
+        """Keep others from the same root disk while the block runs."""
+        self.root.prepare()
+        with self.locks.disk(disk_id, name, None if watch is None else watch.check):
+            yield
+
+    def emit(
+        self,
+        kind: str,
+        image_id: str | None,
+        disk_id: str | None = None,
+        name: str | None = None,
+        **details: str | float,
+    ) -> None:
+        """Tell the driver of a change. Called outside locks."""
+        if self._on_event is None:
+            return
+        self._send(kind, image_id, disk_id, name, details)
+        if kind in _CHANGE_USAGE:
+            # what a driver reports to a scheduler is no longer true
+            self._send("usage-changed", image_id, None, None, {})
+
+    def _send(
+        self, kind: str, image_id: str | None, disk_id: str | None, name: str | None, details: dict[str, str | float]
+    ) -> None:
+        if self._on_event is not None:
+            event = Event(
+                kind=kind, time=self.clock(), image_id=image_id, disk_id=disk_id, name=name, details=dict(details)
+            )
+            call_safely(self._on_event, event)
+
+
+def paths(config: CacheConfig) -> BackendPaths:
+    """Where a backend of this configuration keeps files."""
+    disks_dir = config.disks_dir or config.root / "disks"
+    return BackendPaths(root=config.root, disks_dir=disks_dir, group=config.group, qemu_user=config.qemu_user)

@@ -1,0 +1,168 @@
+"""Entries: directories that a live process holds, so that what a dead one left can be told and swept.
+
+The hold is a flock on the directory itself: the kernel ends it with the process, and it needs no file of its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from nova_imagecache import _fs
+from nova_imagecache.exceptions import LockTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+_log = logging.getLogger(__name__)
+_POLL = 0.005
+_LONGEST = 120.0
+"""Seconds: a copy of a large base into a disk is the longest work under a hold that somebody waits for."""
+
+
+class Held:
+    """A directory that this process is at work in. The kernel ends the hold with the process, however it ends."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self._fd: int | None = fd
+
+    def release(self) -> None:
+        """End the hold; more than once is fine."""
+        if self._fd is not None:
+            # closing alone would leave the hold to a child that was forked meanwhile
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            os.close(self._fd)
+            self._fd = None
+
+
+def hold(path: Path, *, wait: bool) -> Held | None:
+    """A hold on the directory; None if another holds it (``wait=False``) or it is not there.
+
+    Raises:
+        LockTimeoutError: another holds it for longer than such work takes; it may be stopped.
+    """
+    start = time.monotonic()
+    while True:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink > 0:
+                return Held(path, fd)
+        except BlockingIOError:
+            os.close(fd)
+            if not wait:
+                return None
+            if (waited := time.monotonic() - start) > _LONGEST:
+                raise LockTimeoutError(str(path), waited, stage="holding a disk's directory") from None
+            time.sleep(_POLL)
+            continue
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # removed while we looked: look again by name
+
+
+@contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Wait for and keep a hold on the directory while the block runs; whether it was made now.
+
+    Raises:
+        LockTimeoutError: another holds it for longer than such work takes.
+    """
+    made = False
+    while True:
+        made = not path.is_dir()
+        _fs.make_dirs(path, 0o755)
+        if (held_ := hold(path, wait=True)) is not None:
+            break
+    try:
+        yield made
+    finally:
+        held_.release()
+
+
+@contextmanager
+def entry(parent: Path, stem: str, mode: int) -> Iterator[Path]:
+    """A new directory ``<stem>.<random>`` below ``parent``, held and there while the block runs."""
+    made = new_entry(parent, stem, mode)
+    try:
+        yield made.path
+    finally:
+        try:
+            _fs.rmtree(made.path)
+        finally:  # what cannot be removed now must not look alive: a sweep takes it later
+            made.release()
+
+
+def new_entry(parent: Path, stem: str, mode: int) -> Held:
+    """A new directory ``<stem>.<random>`` below ``parent``, held by this process."""
+    while True:
+        path = parent / f"{stem}.{_fs.random_suffix()}"
+        _fs.mkdir(path, mode)
+        if (made := hold(path, wait=False)) is not None:
+            return made
+        # a sweeper looked between the two steps and takes the empty directory away
+
+
+def alive(path: Path) -> bool:
+    """Whether a live process holds the directory."""
+    free = hold(path, wait=False)
+    if free is None:
+        return path.is_dir()
+    free.release()
+    return False
+
+
+def sweep(parent: Path, failed: dict[str, str] | None = None) -> tuple[list[str], list[str]]:
+    """Remove the entries below ``parent`` that no live process holds: (names removed, names alive).
+
+    One that cannot be removed stops no other; ``failed`` is told its name and the reason.
+    """
+    removed, alive = [], []
+    for name in names(parent):
+        path = parent / name
+        dead = hold(path, wait=False)
+        if dead is None:
+            if path.is_dir():
+                alive.append(name)
+            continue
+        try:
+            _fs.rmtree(path)
+        except OSError as err:
+            _log.warning("%s cannot be removed: %s", path, err)
+            if failed is not None:
+                failed[name] = str(err)
+        else:
+            removed.append(name)
+        finally:
+            dead.release()
+    return removed, alive
+
+
+def names(parent: Path) -> list[str]:
+    """The names below a directory, sorted; none where it is not there."""
+    try:
+        return sorted(os.listdir(parent))  # noqa: PTH208 - names, not paths
+    except (FileNotFoundError, NotADirectoryError):  # none made yet, or removed meanwhile
+        return []
+
+
+def replace_file(path: Path, data: bytes, mode: int, *, staging: Path) -> None:
+    """``path`` holds ``data`` from one moment to the next, durably, whatever it held before.
+
+    It is made in an entry of ``staging`` (same filesystem), where a sweep finds it should we die.
+    """
+    with entry(staging, path.name, 0o700) as making:
+        _fs.write_file(making / "new", data, mode)
+        _fs.rename(making / "new", path)
+        _fs.fsync_dir(path.parent)

@@ -1,0 +1,111 @@
+"""Reads files by their data: extents, runs that are not zeros, allocated bytes. Changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nova_imagecache._models import Extent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MIB = 1 << 20
+_BLOCK = 4096
+_ZEROS = bytes(64 * 1024)
+_ZERO_BLOCK = bytes(_BLOCK)
+
+_log = logging.getLogger(__name__)
+
+
+def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of each run of allocated bytes below ``size``."""
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as err:
+            if err.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, end
+        position = end
+
+
+def read_extents(path: Path) -> Iterator[Extent]:
+    """The data of a file or block device in pieces of at most 1 MiB, none across a MiB boundary; holes left out."""
+    with path.open("rb", buffering=0) as file:
+        fd = file.fileno()
+        size = os.lseek(fd, 0, os.SEEK_END)
+        last = 0
+        for start, end in data_extents(fd, size):
+            # whole MiBs, so that extents of one MiB come as one piece
+            for offset in range(max(start - start % MIB, last), end, MIB):
+                data = os.pread(fd, min(MIB, size - offset), offset)
+                last = offset + MIB
+                yield Extent(offset=offset, data=data)
+
+
+def nonzero_runs(buffer: bytes) -> Iterator[tuple[int, memoryview]]:
+    """(offset, piece) of the parts of ``buffer`` that hold anything but zeros, in steps of 4 KiB."""
+    view = memoryview(buffer)
+    start: int | None = None
+    for offset in _block_edges(buffer):
+        if offset >= 0:
+            start = offset if start is None else start
+        elif start is not None:
+            yield start, view[start:~offset]
+            start = None
+    if start is not None:
+        yield start, view[start:]
+
+
+def _block_edges(buffer: bytes) -> Iterator[int]:
+    """The offset of every block with data, and ~offset of every one of zeros; large zero blocks are told once."""
+    size = len(buffer)
+    for outer in range(0, size, len(_ZEROS)):
+        # startswith compares in place at memory speed; comparing slices or memoryviews does not
+        if buffer.startswith(_ZEROS[: size - outer], outer):
+            yield ~outer
+            continue
+        for inner in range(outer, min(outer + len(_ZEROS), size), _BLOCK):
+            yield ~inner if buffer.startswith(_ZERO_BLOCK[: size - inner], inner) else inner
+
+
+def allocated(path: Path) -> int:
+    """Allocated bytes of one file or directory by itself; 0 if it is not there."""
+    with suppress(FileNotFoundError):
+        return path.lstat().st_blocks * 512
+    return 0
+
+
+def allocated_tree(path: Path) -> tuple[int, bool]:
+    """(allocated bytes of all below ``path``, each inode once; whether everything could be counted)."""
+    total, complete = 0, True
+    seen: set[tuple[int, int]] = set()
+    stack = [path]
+    while stack:
+        try:
+            with os.scandir(stack.pop()) as entries:
+                for entry in entries:
+                    try:
+                        found = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:  # gone meanwhile: it takes no space any more
+                        continue
+                    if (found.st_dev, found.st_ino) not in seen:
+                        seen.add((found.st_dev, found.st_ino))
+                        total += found.st_blocks * 512
+                    if stat.S_ISDIR(found.st_mode):
+                        stack.append(Path(entry.path))
+        except FileNotFoundError:  # likewise
+            continue
+        except OSError as err:
+            _log.warning("cannot count %s: %s", path, err)
+            complete = False
+    return total, complete

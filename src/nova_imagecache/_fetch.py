@@ -1,0 +1,207 @@
+"""The miss path: from the image service's metadata to a published base. The caller holds the base's lock."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nova_imagecache import _entries, _ingest, _twins
+from nova_imagecache._ahead import attended
+from nova_imagecache._guard import translated
+from nova_imagecache.exceptions import BackendError, BaseInUseError, ImageCorruptError, NoSpaceError
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from nova_imagecache._config import CacheConfig
+    from nova_imagecache._flight import Leader
+    from nova_imagecache._guard import GuardedBackend, GuardedSource
+    from nova_imagecache._keeper import Keeper
+    from nova_imagecache._layout import Root
+    from nova_imagecache._models import BaseImage, Digest, ImageInfo
+    from nova_imagecache._watch import Watch
+
+_log = logging.getLogger(__name__)
+_SLOT_POLL = 0.05
+_CLAIM_POLL = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetcher:
+    """What every fetch of one cache needs. ``slots`` bounds how many run at once in this process."""
+
+    config: CacheConfig
+    backend: GuardedBackend
+    root: Root
+    keeper: Keeper
+    clock: Callable[[], float]
+    slots: threading.BoundedSemaphore
+
+    def fetch(
+        self,
+        image_id: str,
+        *,
+        source: GuardedSource,
+        expect: Digest | None,
+        disk_size: int | None,
+        watch: Watch,
+        leader: Leader,
+    ) -> BaseImage:
+        """The base, published by us or by whoever was first.
+
+        Raises:
+            SourceError and its kin: the image cannot be had, or is refused.
+            BaseInUseError: other bytes are cached under this id and have users that a replacement would harm.
+            DiskTooSmallError, NoSpaceError, BackendError, CancelledError, DeadlineError.
+        """
+
+        def failed(text: str) -> BackendError:
+            return BackendError(f"the image cannot be brought in: {text}", image_id=image_id, stage="fetch")
+
+        with translated(failed), self._slot(watch):
+            image = attended(lambda: source.get(image_id), lambda: watch.check("metadata"))
+            if expect is not None and image.digest is not None and image.digest.algorithm == expect.algorithm:
+                _same(expect, image.digest, image_id)
+            replaced = self._replaced(image_id)
+            if (adopted := self._adopt(image, source, expect, watch)) is not None:
+                return adopted
+
+            def tell(stage: str, done: int, total: int | None, /) -> None:
+                watch.report(stage, done, total)
+                leader.note(done, total)
+
+            def attempt() -> BaseImage:
+                # translated here too: a full storage under our own files is met below, as under the backend's
+                with translated(failed), _entries.entry(self.root.staging, image.image_id, 0o700) as scratch:
+                    request = self._request(image, disk_size, expect, scratch)
+                    _ingest.admit_metadata(image, request)
+                    ingest = _ingest.Ingest(image, source, request, watch, tell)
+                    return self._bring_in(ingest, request, scratch, replaced, watch)
+
+            with self._claim(image_id, expect, watch) as found:
+                if found is not None:
+                    return found
+                try:
+                    return attempt()
+                except NoSpaceError as err:
+                    # refused by figures: nothing more can go. Full in the middle: others write to the storage as well
+                    if err.needed is not None or not self.keeper.make_room(image.size or 1):
+                        raise
+                    _log.warning("image %s: the storage ran full; room was made, trying once more", image_id)
+                    return attempt()
+
+    def _adopt(self, image: ImageInfo, source: GuardedSource, expect: Digest | None, watch: Watch) -> BaseImage | None:
+        """The image where it already lies, or where its service copies it to; None: it must be brought in."""
+        if expect is not None and image.digest != expect:  # adopted bytes are never looked at
+            return None
+        if not image.locations and image.status == "active" and self.backend.properties.disk_kind == "clone":
+            image = attended(lambda: source.with_locations(image), lambda: watch.check("locations"))
+        if (adopted := self.backend.adopt_base(image)) is not None:
+            return adopted
+        store = self.backend.wanted_store(image)
+        if store is None or image.status != "active":
+            return None
+        _log.info("image %s: asking for a copy in store %s", image.image_id, store)
+        copied = source.copy_to_store(image, store, lambda: watch.check("copy to store"))
+        return None if copied is None else self.backend.adopt_base(copied)
+
+    @contextmanager
+    def _claim(self, image_id: str, expect: Digest | None, watch: Watch) -> Iterator[BaseImage | None]:
+        """The right to bring the image in, while the block runs; or the base, once another host has published it."""
+        while (claim := self.backend.claim_import(image_id)) is None:
+            watch.check("wait for another host")
+            base = self.backend.find_base(image_id)
+            if base is not None and expect in (None, base.digest):
+                yield base
+                return
+            time.sleep(_CLAIM_POLL)
+        try:
+            base = self.backend.find_base(image_id)
+            yield base if base is not None and expect in (None, base.digest) else None
+        finally:
+            claim.release()
+
+    def _bring_in(
+        self,
+        ingest: _ingest.Ingest,
+        request: _ingest.Request,
+        scratch: Path,
+        replaced: BaseImage | None,
+        watch: Watch,
+    ) -> BaseImage:
+        image = ingest.image
+        _log.info("image %s: fetching %s bytes of %s", image.image_id, image.size, image.disk_format)
+        writer = self.backend.stage_base(image.image_id, request.base_format)
+        try:
+            record = _twins.copied(self.backend, image, request, writer, self.clock()) or ingest.run(
+                writer, scratch, self.clock()
+            )
+            watch.check("publish")
+            if replaced is not None:
+                # the same id, other bytes: their disks hold them by links, new ones get the new bytes
+                _log.warning("image %s: other bytes were cached under this id; they are replaced", image.image_id)
+                self._replace(replaced)
+            watch.report("publish", record.source_size, record.source_size)
+            self.keeper.release(scratch)  # or it would count beside the base until we tidy up
+            base = writer.publish(record)
+        finally:
+            writer.discard()
+        _log.info("image %s: published, %d bytes virtual, %s", image.image_id, base.virtual_size, record.made_by)
+        return base
+
+    def _request(
+        self, image: ImageInfo, disk_size: int | None, expect: Digest | None, scratch: Path
+    ) -> _ingest.Request:
+        def admit(needed: int, stage: str) -> None:
+            self.keeper.reserve(image.image_id, scratch, needed, stage)
+
+        formats = self.backend.properties.base_formats
+        return _ingest.Request(
+            base_format=_ingest.base_format(image.disk_format, self.backend.wanted_base_format, formats),
+            disk_size=disk_size,
+            max_virtual_size=self.config.max_virtual_size,
+            expect=expect,
+            allow_unverified=self.config.allow_unverified,
+            admit=admit,
+        )
+
+    def _replaced(self, image_id: str) -> BaseImage | None:
+        """The base of this id that is not what the caller expects, if it can be replaced."""
+        old = self.backend.find_base(image_id)
+        if old is not None:
+            self._refuse_readers(old)
+        return old
+
+    def _replace(self, old: BaseImage) -> None:
+        """Take the other bytes away, after a second look: somebody may have come to depend on them meanwhile."""
+        retired = self.backend.retire_base(old)
+        try:
+            self._refuse_readers(retired.base)
+        except BaseException:
+            self.backend.restore_base(retired)
+            raise
+        self.backend.purge_base(retired)
+
+    def _refuse_readers(self, old: BaseImage) -> None:
+        # a link keeps its disk's bytes whatever takes the name; a path or a clone would read the new ones
+        if users := [user for user in self.backend.iter_users(old) if user.known_by != "link"]:
+            raise BaseInUseError(users, image_id=old.image_id, stage="replacing other bytes of the same id")
+
+    @contextmanager
+    def _slot(self, watch: Watch) -> Iterator[None]:
+        while not self.slots.acquire(timeout=_SLOT_POLL):
+            watch.check("wait")
+        try:
+            yield
+        finally:
+            self.slots.release()
+
+
+def _same(expect: Digest, announced: Digest, image_id: str) -> None:
+    if expect != announced:
+        raise ImageCorruptError(expect, announced, image_id=image_id, stage="metadata")

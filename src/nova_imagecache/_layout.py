@@ -1,0 +1,177 @@
+"""The cache root: what lies where (layout 1), who may open it, and the pins in it.
+
+::
+
+    <root>/CACHEDIR.TAG  cache.json           what this directory is; a newer layout or another storage is refused
+           bases/ trash/ quarantine/ users/   the file backends'
+           staging/                           unfinished things, each held by the process that makes it
+           pins/<image-id>/<owner>.json       {"until": POSIX seconds or null}
+           locks/                             lock files, never unlinked
+"""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from nova_imagecache import _entries, _fs
+from nova_imagecache._models import Pin
+from nova_imagecache.exceptions import BackendError, ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LAYOUT = 1
+_ATTEMPTS = 10
+_TAG = b"""Signature: 8a477f597d28d172789f06886806bc55
+# This file marks the directory as a cache (https://bford.info/cachedir/). It is made by nova_imagecache.
+"""
+_OURS = {
+    *("CACHEDIR.TAG", "cache.json", "bases", "staging", "trash", "quarantine", "users", "pins", "refused"),
+    *("revoked", "hosts", "adopted", "templates", "locks", "disks", "lost+found"),
+}
+
+
+class Root:
+    """One cache root, prepared on first use. ``storage`` is the kind of storage that its backend keeps there.
+
+    With ``group`` a new root is for the members of that group alone.
+    """
+
+    def __init__(self, path: Path, storage: str, *, group: str | None = None) -> None:
+        self.path = path
+        self.staging = path / "staging"
+        self.locks = path / "locks"
+        self._pins = path / "pins"
+        self._storage = storage
+        # 0711: entered by those who know a name, listed by nobody
+        self._mode = 0o750 if group is not None else 0o711
+        self._group = group
+        self._ready = False
+        self._mutex = threading.Lock()
+
+    def prepare(self) -> None:
+        """The root exists and is ours; checked once.
+
+        Raises:
+            ConfigError: it is of a newer layout, of another storage, or a directory of something else.
+            BackendError: it cannot be made or written.
+        """
+        if self._ready:
+            return
+        with self._mutex:
+            # another thread may have been first; making it twice is harmless
+            try:
+                self._make()
+            except OSError as err:
+                raise BackendError(
+                    f"the cache root {self.path} cannot be used: {err.strerror}",
+                    stage="opening the cache",
+                    todo="Give this user a directory it owns, or correct root in the configuration",
+                ) from err
+            self._ready = True
+
+    def _make(self) -> None:
+        _fs.make_dirs(self.path, self._mode)
+        described = self.path / "cache.json"
+        if not described.exists():
+            strangers = sorted(set(os.listdir(self.path)) - _OURS)  # noqa: PTH208 - names, not paths
+            if strangers:
+                raise ConfigError([f"root: {self.path} is no cache and not empty (it holds {strangers[0]!r})"])
+            self._give_to_group()
+            _fs.make_dirs(self.staging, 0o700)
+            self._write_once("CACHEDIR.TAG", _TAG)
+            text = json.dumps({"layout": LAYOUT, "storage": self._storage}) + "\n"
+            self._write_once("cache.json", text.encode())
+        self._compare(described)
+        for directory, mode in ((self.staging, 0o700), (self.locks, 0o755), (self._pins, 0o755)):
+            _fs.make_dirs(directory, mode)
+        if not os.access(self.staging, os.W_OK | os.X_OK):
+            raise PermissionError(13, "it belongs to another user, or is mounted read-only", str(self.staging))
+
+    def _give_to_group(self) -> None:
+        if self._group is None:
+            return
+        try:
+            gid = grp.getgrnam(self._group).gr_gid
+        except KeyError:
+            raise ConfigError([f"group: there is no group {self._group!r} on this host"]) from None
+        if self.path.stat().st_gid != gid:
+            _fs.chown(self.path, gid)
+
+    def _write_once(self, name: str, data: bytes) -> None:
+        with _entries.entry(self.staging, name, 0o700) as making:
+            _fs.write_file(making / "new", data, 0o644)
+            with suppress(FileExistsError):  # another process prepares the same root
+                _fs.publish_file(making / "new", self.path / name)
+
+    def _compare(self, described: Path) -> None:
+        try:
+            values = json.loads(described.read_bytes())
+            layout, storage = values["layout"], values["storage"]
+        except (ValueError, TypeError, KeyError) as err:
+            raise ConfigError([f"root: {described} is damaged ({err!r}); restore it or remove the cache"]) from err
+        if not isinstance(layout, int) or layout > LAYOUT:
+            raise ConfigError(
+                [f"root: {self.path} has layout {layout!r}, this release knows {LAYOUT}: use a newer nova_imagecache"]
+            )
+        if storage != self._storage:
+            raise ConfigError(
+                [f"root: {self.path} belongs to storage {storage!r}, not {self._storage!r}: give each its own root"]
+            )
+
+    # --- pins
+
+    def pin(self, pin: Pin) -> None:
+        """Write the owner's pin, in place of an older one of the same owner."""
+        directory = self._pins / pin.image_id
+        data = json.dumps({"until": pin.until}).encode() + b"\n"
+        for attempt in range(_ATTEMPTS):
+            try:
+                _fs.make_dirs(directory, 0o755)
+                _entries.replace_file(directory / f"{pin.owner}.json", data, 0o644, staging=self.staging)
+            except FileNotFoundError:  # the last other pin of this image went and took the directory along
+                if attempt == _ATTEMPTS - 1:
+                    raise
+            else:
+                return
+
+    def unpin(self, image_id: str, owner: str) -> None:
+        """Take the owner's pin away; one that is not there is fine."""
+        _fs.unlink(self._pins / image_id / f"{owner}.json")
+        if _fs.rmdir(self._pins / image_id) and self._pins.is_dir():
+            _fs.fsync_dir(self._pins)
+
+    def pins(self, image_id: str, now: float) -> tuple[Pin, ...]:
+        """The pins that hold at POSIX seconds ``now``. A pin that cannot be read holds: doubt keeps the base."""
+        found = []
+        try:
+            names = sorted(os.listdir(self._pins / image_id))  # noqa: PTH208 - names, not paths
+        except FileNotFoundError:
+            return ()
+        except OSError:
+            return (Pin(image_id=image_id, owner="unreadable"),)
+        for name in names:
+            if not name.endswith(".json"):
+                continue
+            try:
+                until = json.loads((self._pins / image_id / name).read_bytes())["until"]
+            except FileNotFoundError:  # unpinned meanwhile
+                continue
+            except (OSError, ValueError, TypeError, KeyError):
+                until = None
+            if not isinstance(until, int | float) or until > now:
+                end = float(until) if isinstance(until, int | float) else None
+                found.append(Pin(image_id=image_id, owner=name.removesuffix(".json"), until=end))
+        return tuple(found)
+
+    def pinned(self) -> frozenset[str]:
+        """The image ids that have a pin, ended or not: one listing for a whole pass."""
+        try:
+            return frozenset(os.listdir(self._pins))  # noqa: PTH208 - names, not paths
+        except FileNotFoundError:
+            return frozenset()

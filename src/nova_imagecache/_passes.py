@@ -1,0 +1,256 @@
+"""Passes over all bases: the plan, carrying it out, and making room. One bad base stops no pass."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nova_imagecache import _cleanup, _users
+from nova_imagecache._models import CleanupReport
+from nova_imagecache._removal import BaseBusyError
+from nova_imagecache.exceptions import (
+    BaseInUseError,
+    BaseNotFoundError,
+    BasePinnedError,
+    ImageCacheError,
+    UsersUnknownError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from nova_imagecache._locks import Lock
+    from nova_imagecache._models import BaseImage, CleanupItem, CleanupPlan, DiskUser, Retired
+    from nova_imagecache._removal import Remover
+
+_CHUNK = 64
+"""Bases that are retired together, so that the finders look once for all of them. Each holds a descriptor."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Going:
+    """A base on its way out: retired, its lock held."""
+
+    base: BaseImage
+    allocated: int
+    retired: Retired
+    lock: Lock
+
+
+class _Outcome:
+    """What a pass did so far."""
+
+    def __init__(self) -> None:
+        self.removed: list[str] = []
+        self.marked: list[str] = []
+        self.kept: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        self.freed = 0
+
+    def stays(self, image_id: str, err: ImageCacheError) -> None:
+        """Sort an error that kept one base: expected, or a failure."""
+        if isinstance(err, BaseNotFoundError):
+            self.kept[image_id] = "it is gone already"
+        elif isinstance(err, BaseBusyError | BaseInUseError | BasePinnedError | UsersUnknownError):
+            self.kept[image_id] = err.detail
+        else:
+            _log.warning("base %s cannot be cleaned: %s", image_id, err)
+            self.failed[image_id] = str(err)
+
+
+class Passes:
+    """The passes over one cache's bases."""
+
+    def __init__(self, remover: Remover) -> None:
+        self._remover = remover
+        self._backend = remover.backend
+
+    def now(self) -> float:
+        """POSIX seconds, by the cache's clock."""
+        return self._remover.clock()
+
+    # --- looking
+
+    def plan(self, *, max_idle: float, in_use: frozenset[str]) -> CleanupPlan:
+        """What a cleanup would do now."""
+        return _cleanup.plan(self.facts(), now=self._remover.clock(), max_idle=max_idle, in_use=in_use)
+
+    def facts(self) -> list[_cleanup.BaseFacts]:
+        """What is known of every base, the finders asked once for all of them."""
+        bases = list(self._backend.iter_bases())
+        found: dict[str, list[DiskUser]] | None
+        try:
+            found = _users.from_finders(self._remover.finders, bases)
+        except UsersUnknownError as err:
+            _log.warning("every base is kept: %s", err)
+            found = None
+        pinned = self._remover.root.pinned()
+        return [fact for base in bases if (fact := self._facts(base, found, pinned)) is not None]
+
+    def _facts(
+        self, base: BaseImage, found: dict[str, list[DiskUser]] | None, pinned: frozenset[str]
+    ) -> _cleanup.BaseFacts | None:
+        root, clock = self._remover.root, self._remover.clock
+        pins = root.pins(base.image_id, clock()) if base.image_id in pinned else ()
+        users: int | None = None
+        allocated = 0
+        try:
+            counted = sum(1 for _user in self._backend.iter_users(base))
+            allocated = self._backend.usage(base).allocated
+            users = None if found is None else counted + len(found.get(base.image_id, ()))
+        except BaseNotFoundError:  # removed while we looked
+            return None
+        except ImageCacheError as err:
+            _log.warning("base %s is kept: %s", base.image_id, err)
+        return _cleanup.BaseFacts(
+            image_id=base.image_id,
+            managed=base.managed,
+            users=users,
+            pins=tuple(pin.owner for pin in pins),
+            last_used=base.last_used,
+            unused_since=base.unused_since,
+            allocated=allocated,
+        )
+
+    # --- doing
+
+    def carry_out(self, plan: CleanupPlan, *, observe: bool) -> CleanupReport:
+        """Do what the plan says, after looking at every base again; one base's failure stops no other."""
+        outcome = _Outcome()
+        going: list[CleanupItem] = []
+        for item in plan.items:
+            if item.verdict == "keep":
+                outcome.kept[item.image_id] = item.reason
+            elif observe:
+                outcome.kept[item.image_id] = f"remove_unused is off ({item.verdict}: {item.reason})"
+            elif item.verdict == "remove":
+                going.append(item)
+            else:
+                self._mark(item, outcome)
+        for start in range(0, len(going), _CHUNK):
+            self._remove(going[start : start + _CHUNK], plan.max_idle, plan.in_use, outcome)
+        return CleanupReport(
+            removed=tuple(outcome.removed),
+            marked=tuple(outcome.marked),
+            kept=outcome.kept,
+            failed=outcome.failed,
+            freed=outcome.freed,
+        )
+
+    def evictable(self) -> list[CleanupItem]:
+        """The bases that may go to make room, the longest idle first.
+
+        Bases with users or pins stay, and those used within the last minutes: somebody is about to make a disk.
+        """
+        return _cleanup.eviction_order(self.facts(), now=self._remover.clock())
+
+    def evict(self, order: Iterable[CleanupItem], needed: int) -> list[str]:
+        """Remove bases in this order until ``needed`` bytes are free; the image ids of those that went."""
+        outcome = _Outcome()
+        for item in order:
+            if outcome.freed >= needed:
+                break
+            self._remove([item], 0.0, frozenset(), outcome, recent=_cleanup.RECENT)
+        return outcome.removed
+
+    def _mark(self, item: CleanupItem, outcome: _Outcome) -> None:
+        try:
+            base = self._backend.find_base(item.image_id)
+            if base is None:
+                raise BaseNotFoundError(image_id=item.image_id)
+            self._backend.mark_unused(base, self._remover.clock() if item.verdict == "mark" else None)
+        except ImageCacheError as err:
+            outcome.stays(item.image_id, err)
+        else:
+            outcome.marked.append(item.image_id)
+
+    def _remove(
+        self,
+        items: Sequence[CleanupItem],
+        max_idle: float,
+        in_use: frozenset[str],
+        outcome: _Outcome,
+        *,
+        recent: float = 0.0,
+    ) -> None:
+        """Two looks over a few bases: each is judged again and retired, then all are looked at once more.
+
+        One that was used within the last ``recent`` seconds stays.
+        """
+        going: list[_Going] = []
+        try:
+            for item in items:
+                try:
+                    going.append(self._retire(item, max_idle, recent, in_use=item.image_id in in_use))
+                except ImageCacheError as err:
+                    outcome.stays(item.image_id, err)
+            leaving = self._look_again(going, outcome)
+        finally:
+            for each in going:
+                each.lock.release()
+        for each in leaving:
+            try:
+                self._backend.purge_base(each.retired)
+            except ImageCacheError as err:  # it is out of sight; a sweep frees the rest
+                outcome.stays(each.base.image_id, err)
+            else:
+                outcome.removed.append(each.base.image_id)
+                outcome.freed += each.allocated
+
+    def _retire(self, item: CleanupItem, max_idle: float, recent: float, *, in_use: bool) -> _Going:
+        lock = self._remover.attempt_lock(item.image_id)
+        try:
+            base, allocated = self._judge_again(item.image_id, max_idle, recent, in_use=in_use)
+            retired = self._backend.retire_base(base)
+        except BaseException:
+            lock.release()
+            raise
+        return _Going(base=base, allocated=allocated, retired=retired, lock=lock)
+
+    def _judge_again(self, image_id: str, max_idle: float, recent: float, *, in_use: bool) -> tuple[BaseImage, int]:
+        """The base and its allocated bytes, if it may still go: the plan may be old, today's marks and users decide."""
+        base = self._backend.find_base(image_id)
+        # the finders had their first look for the plan, and have their second when all are retired
+        facts = self._facts(base, {}, self._remover.root.pinned()) if base is not None else None
+        if base is None or facts is None:
+            raise BaseNotFoundError(image_id=image_id)
+        now = self._remover.clock()
+        again = _cleanup.judge(facts, now=now, max_idle=max_idle, in_use=in_use)
+        if again.verdict != "remove":
+            raise BaseBusyError(again.reason, image_id=image_id)
+        if _cleanup.recently_used(facts, now, recent):
+            raise BaseBusyError("it was used just now", image_id=image_id)
+        return base, facts.allocated
+
+    def _look_again(self, going: Iterable[_Going], outcome: _Outcome) -> list[_Going]:
+        """Those that nobody came to depend on meanwhile; the others get their names back."""
+        going = list(going)
+        names = [name for each in going for name in (each.base, each.retired.base)]
+        unknown: UsersUnknownError | None = None
+        found: dict[str, list[DiskUser]] = {}
+        try:
+            found = _users.from_finders(self._remover.finders, names)
+        except UsersUnknownError as err:
+            unknown = err
+        leaving = []
+        for each in going:
+            image_id = each.base.image_id
+            try:
+                if unknown is not None:
+                    raise unknown
+                self._remover.refuse(each.retired.base, found.get(image_id, ()))
+            except ImageCacheError as err:
+                outcome.stays(image_id, err)
+                self._restore(each, outcome)
+            else:
+                leaving.append(each)
+        return leaving
+
+    def _restore(self, each: _Going, outcome: _Outcome) -> None:
+        try:
+            self._backend.restore_base(each.retired)
+        except ImageCacheError as err:  # recover finds it in the trash, with its users, and restores it
+            outcome.stays(each.base.image_id, err)

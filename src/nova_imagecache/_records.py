@@ -1,0 +1,111 @@
+"""Records to JSON and back: what is written beside a base and beside a root disk (layout 1)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from types import UnionType
+from typing import Any
+
+from nova_imagecache._models import BaseRecord, Digest, Reference
+
+RECORD_VERSION = 1
+
+
+class RecordError(ValueError):
+    """A record that cannot be read: damaged, or of a version this library does not know."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskRecord:
+    """What is written down about a root disk when it is made. ``created_size`` in bytes; ``made_at`` POSIX seconds.
+
+    ``own_directory``: the disk's directory was made for it, and goes with it when it is empty.
+    """
+
+    image_id: str
+    format: str
+    reference: Reference
+    created_size: int
+    digest: Digest | None
+    base_format: str
+    made_at: float
+    own_directory: bool = False
+    version: int = RECORD_VERSION
+
+
+def dump_base(record: BaseRecord) -> bytes:
+    """The record as ``base.json``."""
+    return _dump(record)
+
+
+def dump_disk(record: DiskRecord) -> bytes:
+    """The record as ``<name>.json``."""
+    return _dump(record)
+
+
+def load_base(data: bytes) -> BaseRecord:
+    """The record in ``base.json``.
+
+    Raises:
+        RecordError: it cannot be read.
+    """
+    values = _load(data, BaseRecord)
+    try:
+        record = BaseRecord(**values)
+    except TypeError as err:
+        raise RecordError(str(err)) from err
+    _expect(record, str, "image_id", "format", "source_format", "evidence", "made_by", "source")
+    _expect(record, int, "virtual_size", "size", "source_size", "inspector")
+    _expect(record, int | float, "fetched_at")
+    _expect(record, Digest | None, "source_digest")
+    return record
+
+
+def load_disk(data: bytes) -> DiskRecord:
+    """The record in ``<name>.json``.
+
+    Raises:
+        RecordError: it cannot be read.
+    """
+    values = _load(data, DiskRecord)
+    try:
+        record = DiskRecord(**values)
+    except TypeError as err:
+        raise RecordError(str(err)) from err
+    _expect(record, str, "image_id", "format", "reference", "base_format")
+    _expect(record, int, "created_size")
+    _expect(record, int | float, "made_at")
+    _expect(record, Digest | None, "digest")
+    return record
+
+
+def _dump(record: BaseRecord | DiskRecord) -> bytes:
+    return (json.dumps(asdict(record), indent=1, sort_keys=True) + "\n").encode()
+
+
+def _load(data: bytes, cls: type[BaseRecord | DiskRecord]) -> dict[str, Any]:
+    try:
+        values = json.loads(data)
+    except ValueError as err:
+        raise RecordError(f"not JSON: {err}") from err
+    if not isinstance(values, dict):
+        raise RecordError("not a JSON object")
+    if values.get("version") != RECORD_VERSION:
+        raise RecordError(f"record version {values.get('version')!r}; this library reads {RECORD_VERSION}")
+    # fields that a later minor release adds are left alone
+    known = {f.name for f in fields(cls)}
+    values = {name: value for name, value in values.items() if name in known}
+    for key in ("source_digest", "digest"):
+        if isinstance(values.get(key), dict):
+            try:
+                values[key] = Digest(**values[key])
+            except (TypeError, ValueError) as err:
+                raise RecordError(f"{key}: {err}") from err
+    return values
+
+
+def _expect(record: BaseRecord | DiskRecord, kind: type | UnionType, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(record, name), kind):
+            raise RecordError(f"{name} is no {getattr(kind, '__name__', kind)}")

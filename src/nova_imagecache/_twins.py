@@ -1,0 +1,95 @@
+"""An image whose bytes the cache holds already, under another id: copied from there instead of fetched."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nova_imagecache import _fs
+from nova_imagecache._ingest import judge_size
+from nova_imagecache._models import FileLocation
+from nova_imagecache.exceptions import ImageCacheError, NoSpaceError
+
+if TYPE_CHECKING:
+    from nova_imagecache._guard import GuardedBackend
+    from nova_imagecache._ingest import Request
+    from nova_imagecache._models import BaseImage, BaseRecord, Digest, ImageInfo
+    from nova_imagecache.backends import BaseWriter
+
+_log = logging.getLogger(__name__)
+
+_WEAK = frozenset({"md5", "sha1"})
+"""Two images can be made to share these: they tell damage, not identity."""
+
+
+def copied(
+    backend: GuardedBackend, image: ImageInfo, request: Request, writer: BaseWriter, now: float
+) -> BaseRecord | None:
+    """The record of a base whose bytes are in ``writer`` now, copied from a twin; None: there is none.
+
+    Blocks are shared where the filesystem can.
+
+    Raises:
+        ImageRejectedError, DiskTooSmallError, NoSpaceError: as of an image that is fetched.
+    """
+    wanted = request.expect or image.digest
+    twin = None if wanted is None else _find(backend, image, wanted, request.base_format)
+    if wanted is None or twin is None:
+        return None
+    judge_size(twin.virtual_size, image.image_id, request)
+    try:
+        request.admit(backend.usage(twin).allocated, "copying a twin")
+        _copy(backend, twin, writer)
+    except NoSpaceError:
+        raise
+    except (OSError, ImageCacheError) as err:  # removed meanwhile, or not to be read: fetch
+        if isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _log.info("image %s: its twin %s cannot be copied: %s", image.image_id, twin.image_id, err)
+        writer.set_size(0)
+        return None
+    _log.info("image %s: copied from its twin %s", image.image_id, twin.image_id)
+    return replace(
+        twin.record,
+        image_id=image.image_id,
+        source=f"base {twin.image_id}",
+        source_digest=wanted,
+        evidence="expected" if request.expect is not None else image.digest_evidence,
+        fetched_at=now,
+    )
+
+
+def _find(backend: GuardedBackend, image: ImageInfo, wanted: Digest, base_format: str) -> BaseImage | None:
+    if wanted.algorithm in _WEAK:
+        return None
+    for base in backend.iter_bases():
+        record = base.record
+        same = record.source_digest == wanted and record.source_format == image.disk_format
+        if same and base.image_id != image.image_id and record.format == base_format and base.managed:
+            return base
+    return None
+
+
+def _copy(backend: GuardedBackend, twin: BaseImage, writer: BaseWriter) -> None:
+    # before its bytes: where they can still be opened afterwards, these were there as well
+    sums = backend.read_sums(twin)
+    if isinstance(twin.location, FileLocation) and writer.path is not None:
+        # open descriptors keep the bytes, whatever becomes of the twin's name
+        source = os.open(twin.location.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            target = os.open(writer.path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                _fs.copy_content(source, target)
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+    else:
+        for extent in backend.read_base(twin):
+            writer.write_at(extent.offset, extent.data)
+    writer.set_size(twin.record.size)
+    if sums is not None:
+        writer.write_sums(sums)

@@ -1,0 +1,94 @@
+"""Who depends on a base: what the storage counts, joined with what finders know. Doubt is never "nobody"."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from nova_imagecache import _guard
+from nova_imagecache.exceptions import UsersUnknownError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from nova_imagecache._models import BaseImage, DiskUser, RootDisk
+    from nova_imagecache.backends import Backend
+
+_log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class UserFinder(Protocol):
+    """Something outside the storage that knows users of bases: a hypervisor, a directory of disks, a driver's list."""
+
+    @property
+    def name(self) -> str:
+        """What ``DiskUser.known_by`` says of the users it finds."""
+
+    def find(self, bases: Sequence[BaseImage]) -> Iterable[DiskUser]:
+        """The users of these bases that it knows; all bases in one call, so that a pass costs one look.
+
+        Raises:
+            UsersUnknownError: it cannot tell now. Every base of the call is kept.
+        """
+
+
+def from_finders(finders: Sequence[UserFinder], bases: Sequence[BaseImage]) -> dict[str, list[DiskUser]]:
+    """What the finders know, by image id.
+
+    Raises:
+        UsersUnknownError: a finder cannot tell, or failed.
+    """
+    found: dict[str, list[DiskUser]] = {}
+    for finder in finders:
+        with _guard.translated(partial(_unknown, finder)):
+            for user in finder.find(bases):
+                found.setdefault(user.image_id, []).append(user)
+    return found
+
+
+def _unknown(finder: UserFinder, text: str) -> UsersUnknownError:
+    return UsersUnknownError(f"finder {finder.name} cannot tell: {text}")
+
+
+def users_of(backend: Backend, finders: Sequence[UserFinder], base: BaseImage) -> list[DiskUser]:
+    """Every user of one base.
+
+    Raises:
+        UsersUnknownError: the storage or a finder cannot tell.
+    """
+    users = list(backend.iter_users(base))
+    if finders:
+        users += from_finders(finders, [base]).get(base.image_id, [])
+    return users
+
+
+def with_names(users: Sequence[DiskUser], disks: Iterable[RootDisk]) -> list[DiskUser]:
+    """The users with names put to those that the storage only counts (hard links), from the root disks we made.
+
+    A counted user that no disk of ours explains stays in the list without a name.
+    """
+    named = [user for user in users if user.disk_id is not None]
+    counted = [user for user in users if user.disk_id is None]
+    known = {(user.disk_id, user.name) for user in named}
+    for disk in disks:
+        if not counted:
+            break
+        if disk.reference != counted[0].known_by:
+            continue
+        user = counted.pop(0)
+        if (disk.disk_id, disk.name) in known:  # a finder named it already: one user, known twice
+            continue
+        detail = str(getattr(disk.location, "path", "")) or user.detail
+        named.append(
+            type(user)(
+                image_id=user.image_id,
+                known_by=user.known_by,
+                disk_id=disk.disk_id,
+                name=disk.name,
+                detail=detail,
+                certain=user.certain,
+            )
+        )
+    return named + counted

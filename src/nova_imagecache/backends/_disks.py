@@ -1,0 +1,341 @@
+"""Root disks on files: what the backends ``file`` and ``qcow2`` share (layout 1).
+
+::
+
+    <disks_dir>/<disk-id>/<name>          the disk
+                          <name>.json     its record: image, digest, format, reference, created size
+                          <name>.base     an overlay's reference: a hard link to the base
+                          .<name>.<random>/   a disk in the making
+
+A disk appears by link(2) of a finished file to its final name, so that of two makers one wins and nothing is ever
+overwritten. The directory of a disk id is held while its disks are made, changed or removed: what stands in it without
+its disk and without a holder is dead.
+"""
+
+from __future__ import annotations
+
+import abc
+import errno
+import logging
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nova_imagecache import _entries, _fs, _qcow2, _qemu, _records
+from nova_imagecache.backends import (
+    BackendError,
+    BaseImage,
+    BaseNotFoundError,
+    DiskExistsError,
+    DiskNotFoundError,
+    FileLocation,
+    RootDisk,
+)
+from nova_imagecache.backends._files import FileBases, asides, made_at
+from nova_imagecache.exceptions import DiskInUseError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from nova_imagecache._models import Reference
+
+_log = logging.getLogger(__name__)
+
+
+class FileDisks(FileBases):
+    """The root disks' half of a backend on files."""
+
+    # --- what the two backends do differently
+
+    @abc.abstractmethod
+    def _refer(self, base: BaseImage, disk_id: str, name: str, link: Path, made_at: float) -> Reference:
+        """Write down what will tie the disk to the base, before anything depends on it: ``link``, or its path.
+
+        ``made_at`` is the disk record's own, by which a path reference is told from that of another disk of this name.
+        """
+
+    @abc.abstractmethod
+    def _disk_format(self, base: BaseImage) -> str:
+        """The format of a disk made from ``base``."""
+
+    @abc.abstractmethod
+    def _make(self, base: BaseImage, target: Path, name: str, size: int, reference: Reference) -> None:
+        """Make the disk's file at ``target``; it is synced afterwards."""
+
+    # --- making
+
+    def create_root_disk(self, base: BaseImage, disk_id: str, name: str, size: int) -> RootDisk:
+        directory = self._directory(disk_id)
+        with _entries.held(directory) as made:
+            if os.path.lexists(directory / name):
+                raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name)
+            self._refuse_readers(directory, disk_id, name)
+            self._forget(directory, disk_id, name)
+            making = directory / f".{name}.{_fs.random_suffix()}"
+            try:
+                _fs.mkdir(making, 0o711)
+                disk = self._create(base, disk_id, name, size, making, own_directory=made)
+            except BaseException:
+                if not os.path.lexists(directory / name):
+                    self._forget(directory, disk_id, name)
+                raise
+            finally:
+                _fs.rmtree(making)
+                if made and not any(directory.iterdir()):
+                    _fs.rmdir(directory)
+            return disk
+
+    def _create(
+        self, base: BaseImage, disk_id: str, name: str, size: int, making: Path, *, own_directory: bool
+    ) -> RootDisk:
+        directory = self._directory(disk_id)
+        record = _records.DiskRecord(
+            image_id=base.image_id,
+            format=self._disk_format(base),
+            reference="link",
+            created_size=size,
+            digest=base.digest,
+            base_format=base.format,
+            made_at=time.time(),
+            own_directory=own_directory,
+        )
+        # first of all: from it, whoever cleans up after us knows where our references are
+        self._put_record(directory, making, name, record)
+        reference = self._refer(base, disk_id, name, directory / f"{name}.base", record.made_at)
+        if reference != record.reference:
+            record = replace(record, reference=reference)
+            self._put_record(directory, making, name, record)
+        self.touch_base(base)
+        self._still_there(base)
+        self._make(base, making / name, name, size, reference)
+        self._finish_file(making / name, size)
+        try:
+            _fs.publish_file(making / name, directory / name)
+        except FileExistsError:
+            raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name) from None
+        return self._disk(disk_id, name, record, size)
+
+    def _finish_file(self, path: Path, size: int) -> None:
+        """Blocks as configured, mode, and everything on stable storage."""
+        if self.gid is not None:
+            _fs.chown(path, self.gid)
+        _fs.chmod(path, 0o660 if self.gid is not None else 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._preallocate(fd, size)
+            _fs.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def _preallocate(self, fd: int, size: int) -> None:
+        if self.options.preallocate != "space":
+            return
+        try:
+            _fs.allocate(fd, size)
+        except OSError as err:
+            if err.errno == errno.EOPNOTSUPP:
+                todo = 'Set preallocate = "none", or put the disks on a filesystem with fallocate'
+                raise BackendError("the filesystem cannot reserve blocks", stage="preallocate", todo=todo) from err
+            raise
+
+    def _still_there(self, base: BaseImage) -> None:
+        """After the reference is written, see that the base is still the one given. Its remover looks the other way."""
+        now = self.find_base(base.image_id)
+        if now is None or now.record != base.record:
+            raise BaseNotFoundError("the base went away meanwhile", image_id=base.image_id, stage="reference")
+
+    def _forget(self, directory: Path, disk_id: str, name: str) -> None:
+        """Take away what belongs to a disk that is not there (any more): link, path reference, record."""
+        record = self._load(directory, name)
+        _fs.unlink(directory / f"{name}.base")
+        if record is not None:
+            self._drop_path_reference(record, disk_id, name)
+        # last of all: without it nobody knows where the path reference is
+        _fs.unlink(directory / f"{name}.json")
+
+    def _refuse_readers(self, directory: Path, disk_id: str, name: str) -> None:
+        """Refuse to take a link away through which another file reads: a snapshot that libvirt made of the disk."""
+        link = directory / f"{name}.base"
+        if os.path.lexists(link) and (reader := reader_of(link)):
+            raise DiskExistsError(
+                f"{link.name} is the backing file of {reader}",
+                disk_id=disk_id,
+                name=name,
+                todo=f"Flatten or remove {reader} first",
+            )
+
+    def _drop_path_reference(self, record: _records.DiskRecord, disk_id: str, name: str) -> None:
+        """Take the path reference of this very disk away; not that of another of its name, whose directory moved."""
+        written = self.user_record(record.image_id, disk_id, name)
+        for path in (written, *asides(written)):
+            if made_at(path) in (record.made_at, None) and path.exists():
+                _fs.unlink(path)
+                _fs.rmdir(path.parent)
+
+    # --- looking
+
+    def _directory(self, disk_id: str) -> Path:
+        return self.paths.disks_dir / disk_id
+
+    def _load(self, directory: Path, name: str) -> _records.DiskRecord | None:
+        try:
+            return _records.load_disk((directory / f"{name}.json").read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except _records.RecordError as err:
+            _log.warning("disk %s/%s: its record cannot be read: %s", directory.name, name, err)
+            return None
+
+    def _disk(self, disk_id: str, name: str, record: _records.DiskRecord, virtual_size: int) -> RootDisk:
+        return RootDisk(
+            disk_id=disk_id,
+            name=name,
+            location=FileLocation(path=self._directory(disk_id) / name),
+            format=record.format,
+            virtual_size=virtual_size,
+            image_id=record.image_id,
+            reference=record.reference,
+        )
+
+    def get_root_disk(self, disk_id: str, name: str) -> RootDisk | None:
+        directory = self._directory(disk_id)
+        record = self._load(directory, name)
+        if record is None:
+            return None
+        try:
+            with (directory / name).open("rb", buffering=0) as file:
+                if record.format == "raw":
+                    size = os.fstat(file.fileno()).st_size
+                else:
+                    # written by qemu-img, not by the guest: the guest sees what is inside
+                    size = _qcow2.parse_header(file.read(_qcow2.HEADER_BYTES)).virtual_size
+        except FileNotFoundError:
+            return None
+        except PermissionError:
+            # libvirt gave the disk to the guest's user while it runs: what we wrote down last
+            size = record.created_size
+        except _qcow2.Qcow2Error as err:
+            raise BackendError(f"the disk is no qcow2 file any more: {err}", disk_id=disk_id, name=name) from err
+        return self._disk(disk_id, name, record, size)
+
+    def iter_root_disks(self) -> Iterator[RootDisk]:
+        for disk_id, name in self._recorded():
+            try:
+                disk = self.get_root_disk(disk_id, name)
+            except (BackendError, OSError) as err:  # one damaged or unreadable disk hides no other
+                _log.warning("disk %s/%s is left out: %s", disk_id, name, err)
+                continue
+            if disk is not None:
+                yield disk
+
+    def _recorded(self) -> Iterator[tuple[str, str]]:
+        for disk_id in _entries.names(self.paths.disks_dir):
+            for entry in _entries.names(self._directory(disk_id)):
+                if entry.endswith(".json") and not entry.startswith("."):
+                    yield disk_id, entry.removesuffix(".json")
+
+    # --- changing
+
+    @contextmanager
+    def _changing(self, disk_id: str, name: str) -> Iterator[tuple[RootDisk, _records.DiskRecord]]:
+        directory = self._directory(disk_id)
+        held = _entries.hold(directory, wait=True)
+        try:
+            disk = self.get_root_disk(disk_id, name) if held is not None else None
+            record = self._load(directory, name)
+            if disk is None or record is None:
+                raise DiskNotFoundError(disk_id=disk_id, name=name)
+            try:
+                yield disk, record
+            except DiskInUseError as err:
+                raise DiskInUseError(image_id=record.image_id, disk_id=disk_id, name=name, stage=err.stage) from err
+        finally:
+            if held is not None:
+                held.release()
+
+    def remove_root_disk(self, disk_id: str, name: str) -> None:
+        directory = self._directory(disk_id)
+        held = _entries.hold(directory, wait=True)
+        if held is None:
+            return
+        try:
+            record = self._load(directory, name)
+            if record is None and (directory / name).exists():
+                raise DiskNotFoundError(
+                    "a file of that name is there, but no record that it is a root disk of this cache",
+                    disk_id=disk_id,
+                    name=name,
+                    todo="Remove the file by hand if it is not needed",
+                )
+            self._refuse_readers(directory, disk_id, name)
+            _fs.unlink(directory / name)
+            self._forget(directory, disk_id, name)
+            own = record is not None and record.own_directory
+            if not (own and _fs.rmdir(directory)):
+                _fs.fsync_dir(directory)
+        finally:
+            held.release()
+
+    def resize_root_disk(self, disk_id: str, name: str, size: int) -> RootDisk:
+        with self._changing(disk_id, name) as (disk, record):
+            path = self._directory(disk_id) / name
+            if size != disk.virtual_size:
+                _qemu.resize(path, disk.format, size)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                self._preallocate(fd, size)
+                _fs.fsync(fd)
+            finally:
+                os.close(fd)
+            self._rewrite(disk_id, name, replace(record, created_size=size))
+            return replace(disk, virtual_size=size)
+
+    def _rewrite(self, disk_id: str, name: str, record: _records.DiskRecord) -> None:
+        """Put a new record in place of a published disk's old one; the directory is held."""
+        directory = self._directory(disk_id)
+        making = directory / f".{name}.{_fs.random_suffix()}"
+        _fs.mkdir(making, 0o711)
+        try:
+            self._put_record(directory, making, name, record)
+        finally:
+            _fs.rmtree(making)
+
+    def _put_record(self, directory: Path, making: Path, name: str, record: _records.DiskRecord) -> None:
+        """The record, durable and whole at every moment; prepared beside it: the root may be another filesystem."""
+        _fs.write_file(making / "record", _records.dump_disk(record), 0o644)
+        _fs.rename(making / "record", directory / f"{name}.json")
+        _fs.fsync_dir(directory)
+
+    def _same_bytes(self, base: BaseImage, record: _records.DiskRecord, disk_id: str, name: str) -> None:
+        """Refuse to tie a disk to other bytes than it was made of: digests decide, image ids where there are none."""
+        if record.digest is not None and base.digest is not None and record.digest.algorithm == base.digest.algorithm:
+            same = record.digest == base.digest
+        else:
+            same = record.image_id == base.image_id
+        if not same:
+            raise DiskExistsError(
+                f"the disk was made of image {record.image_id} ({record.digest}), not of these bytes ({base.digest})",
+                image_id=base.image_id,
+                disk_id=disk_id,
+                name=name,
+                stage="attach",
+            )
+
+
+def reader_of(link: Path) -> str | None:
+    """The name of another file in the directory that names ``link`` as its backing file, None: there is none."""
+    for name in _entries.names(link.parent):
+        path = link.parent / name
+        if name in (link.name, link.name.removesuffix(".base")) or not path.is_file():
+            continue
+        try:
+            with path.open("rb", buffering=0) as file:
+                backing = _qcow2.read_backing_name(file)
+        except OSError:  # unreadable: it may be anything's reader
+            return name
+        if os.path.basename(backing) == link.name:  # noqa: PTH119 - a name, relative or absolute
+            return name
+    return None

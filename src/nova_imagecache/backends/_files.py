@@ -1,0 +1,402 @@
+"""Bases on files: what the backends ``file`` and ``qcow2`` share (layout 1).
+
+::
+
+    <root>/bases/<image-id>/disk  base.json  disk.sums  last-used  unused-since  inspected
+           staging/<image-id>.<random>/     trash/<image-id>.<random>/     quarantine/<image-id>.<random>/
+           users/<image-id>/<disk-id>.<name>.json        path references
+
+The directory ``bases/<image-id>`` exists exactly when the base is complete: publishing and retiring are renames of it.
+A root disk's hard link to ``disk`` is a reference that the filesystem counts; its inode has one name in the cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import json
+import logging
+import os
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nova_imagecache import _entries, _extents, _fs, _records
+from nova_imagecache.backends import (
+    Backend,
+    BackendError,
+    BackendPaths,
+    BaseImage,
+    BaseNotFoundError,
+    BaseRecord,
+    BaseWriter,
+    Capacity,
+    ConfigError,
+    DiskUsage,
+    DiskUser,
+    FileLocation,
+    Retired,
+    _reown,
+)
+from nova_imagecache.backends._writer import FileOptions, FileWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+_log = logging.getLogger(__name__)
+
+
+class FileBases(Backend):
+    """The bases' half of a backend on files."""
+
+    def __init__(self, options: Mapping[str, Any], paths: BackendPaths) -> None:
+        self.options = FileOptions.parse(options)
+        self.paths = paths
+        self.staging = paths.root / "staging"
+        self._bases = paths.root / "bases"
+        self._trash = paths.root / "trash"
+        self._quarantine = paths.root / "quarantine"
+        self._users = paths.root / "users"
+        self._parsed: dict[str, tuple[tuple[int, int], BaseRecord]] = {}
+        self.gid: int | None = None
+        if paths.group is not None:
+            try:
+                self.gid = grp.getgrnam(paths.group).gr_gid
+            except KeyError:
+                raise ConfigError([f"group: there is no group {paths.group!r} on this host"]) from None
+
+    @property
+    def directory_mode(self) -> int:
+        """Of directories that hold bases: for the group, or for whoever knows an image id."""
+        return 0o750 if self.gid is not None else 0o711
+
+    @property
+    def wanted_base_format(self) -> str | None:
+        return "raw" if self.options.base_format == "raw" else None
+
+    def open_up(self, path: Path, mode: int) -> None:
+        """Give a finished file or directory its final group and mode."""
+        if self.gid is not None:
+            _fs.chown(path, self.gid)
+        _fs.chmod(path, mode)
+
+    # --- finding
+
+    def base_path(self, image_id: str) -> Path:
+        """Where the base's bytes are, while it is published."""
+        return self._bases / image_id / "disk"
+
+    def find_base(self, image_id: str) -> BaseImage | None:
+        return self._read(image_id, self._bases / image_id)
+
+    def iter_bases(self) -> Iterator[BaseImage]:
+        try:
+            names = sorted(os.listdir(self._bases))  # noqa: PTH208 - names, not paths
+        except FileNotFoundError:
+            return
+        for name in names:
+            if (base := self._read(name, self._bases / name)) is not None:
+                yield base
+
+    def _read(self, image_id: str, directory: Path) -> BaseImage | None:
+        try:
+            described = os.stat(directory / "base.json")  # noqa: PTH116 - a hit is stat-bound
+            record = self._record(image_id, directory, (described.st_ino, described.st_mtime_ns))
+        except (FileNotFoundError, NotADirectoryError):
+            self._parsed.pop(image_id, None)
+            return None
+        except _records.RecordError as err:
+            _log.warning("base %s is left alone: its record cannot be read: %s", image_id, err)
+            return None
+        return BaseImage(
+            image_id=image_id,
+            location=FileLocation(path=directory / "disk"),
+            record=record,
+            last_used=_mark(directory / "last-used"),
+            unused_since=_mark(directory / "unused-since"),
+            inspected=self._inspected(directory, record),
+        )
+
+    def _record(self, image_id: str, directory: Path, key: tuple[int, int]) -> BaseRecord:
+        # a published record never changes, so its inode and mtime stand for its content
+        parsed = self._parsed.get(image_id)
+        if parsed is None or parsed[0] != key:
+            parsed = (key, _records.load_base((directory / "base.json").read_bytes()))
+            self._parsed[image_id] = parsed
+        return parsed[1]
+
+    def _inspected(self, directory: Path, record: BaseRecord) -> int:
+        if record.format == "raw":  # never parsed by anybody, so never looked at again
+            return record.inspector
+        try:
+            return max(int((directory / "inspected").read_text()), record.inspector)
+        except (OSError, ValueError):  # no such mark yet, or a damaged one: look again
+            return record.inspector
+
+    # --- making
+
+    def stage_base(self, image_id: str, format: str) -> BaseWriter:  # noqa: A002, ARG002 - the contract's name; files hold any
+        return FileWriter(self, image_id)
+
+    def publish(self, image_id: str, directory: Path) -> BaseImage:
+        """Rename the finished directory to its final name, or leave it and return the base of whoever was first."""
+        if not self._bases.is_dir():
+            _fs.make_dirs(self._bases, self.directory_mode)
+            self.open_up(self._bases, self.directory_mode)
+        for _attempt in range(3):
+            try:
+                _fs.rename(directory, self._bases / image_id)
+            except OSError as err:
+                if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # the name is taken
+                    raise
+                if (winner := self.find_base(image_id)) is not None:
+                    return winner
+                # taken by something unreadable, or retired just now
+                with suppress(FileNotFoundError):
+                    self._move_away(self._bases / image_id, self._quarantine)
+                continue
+            _fs.fsync_dir(self._bases)
+            if (base := self.find_base(image_id)) is not None:
+                return base
+        raise BackendError("the base cannot be published: something keeps taking its name", image_id=image_id)
+
+    def touch_base(self, base: BaseImage) -> None:
+        directory = self._bases / base.image_id
+        with suppress(FileNotFoundError, PermissionError):  # retired meanwhile; or of another user: a lost touch
+            _fs.unlink(directory / "unused-since")
+            _fs.touch(directory / "last-used")
+
+    def mark_unused(self, base: BaseImage, when: float | None) -> None:
+        directory = self._bases / base.image_id
+        with suppress(FileNotFoundError):  # retired meanwhile
+            if when is None:
+                _fs.unlink(directory / "unused-since")
+            else:
+                _fs.touch(directory / "unused-since", when)
+
+    def mark_inspected(self, base: BaseImage, version: int) -> None:
+        directory = self._bases / base.image_id
+        with suppress(FileNotFoundError):  # retired meanwhile
+            _entries.replace_file(directory / "inspected", str(version).encode(), 0o444, staging=self.staging)
+
+    def read_sums(self, base: BaseImage) -> bytes | None:
+        try:
+            return (_path(base).parent / "disk.sums").read_bytes()
+        except FileNotFoundError:
+            return None
+
+    # --- users
+
+    def user_record(self, image_id: str, disk_id: str, name: str) -> Path:
+        """Where the path reference of a root disk is written down."""
+        # both parts may hold dots: those of the name (the shorter one, for the sake of the 255 bytes that a file's name
+        # may have) are written otherwise, so that no two disks share a record
+        return self._users / image_id / f"{disk_id}.{name.replace('.', '%2e')}.json"
+
+    def iter_users(self, base: BaseImage) -> Iterator[DiskUser]:
+        yield from self._path_users(base.image_id)
+        try:
+            links = os.stat(_path(base)).st_nlink - 1  # noqa: PTH116 - one call
+        except FileNotFoundError:
+            return
+        for _number in range(links):
+            yield DiskUser(image_id=base.image_id, known_by="link")
+
+    def _path_users(self, image_id: str) -> Iterator[DiskUser]:
+        try:
+            names = sorted(os.listdir(self._users / image_id))  # noqa: PTH208 - names, not paths
+        except FileNotFoundError:
+            return
+        for name in names:
+            try:
+                values = json.loads((self._users / image_id / name).read_bytes())
+                disk_id, disk_name, path = values["disk_id"], values["name"], Path(values["path"])
+            except FileNotFoundError:  # its disk was removed meanwhile
+                continue
+            except (ValueError, TypeError, KeyError):
+                # an unreadable record is still somebody's
+                yield DiskUser(image_id=image_id, known_by="path", detail=name, certain=False)
+                continue
+            # a path that is gone may have moved: doubt, which keeps the base
+            yield DiskUser(
+                image_id=image_id,
+                known_by="path",
+                disk_id=disk_id,
+                name=disk_name,
+                detail=str(path),
+                certain=path.exists(),
+            )
+
+    # --- going
+
+    def retire_base(self, base: BaseImage) -> Retired:
+        try:
+            token = self._move_away(self._bases / base.image_id, self._trash)
+        except FileNotFoundError:
+            raise BaseNotFoundError(image_id=base.image_id, stage="retire") from None
+        location = FileLocation(path=self._trash / token / "disk")
+        return Retired(base=replace(base, location=location), token=token)
+
+    def restore_base(self, retired: Retired) -> None:
+        try:
+            _fs.rename(self._trash / retired.token, self._bases / retired.base.image_id)
+        except OSError as err:
+            # ENOENT: a recover beside us restored or purged it; its users hold links of their own
+            if err.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+            return
+        _fs.fsync_dir(self._bases)
+        _fs.fsync_dir(self._trash)
+
+    def purge_base(self, retired: Retired) -> None:
+        self._purge(retired.token)
+
+    def _purge(self, token: str) -> None:
+        # out of the reach of restore first: whoever restores it beside us gets a whole base or none
+        dead = self._trash / f".{token}"
+        with suppress(FileNotFoundError):
+            _fs.rename(self._trash / token, dead)
+        _fs.rmtree(dead)
+
+    def quarantine_base(self, base: BaseImage) -> None:
+        with suppress(FileNotFoundError):  # gone already
+            self._move_away(self._bases / base.image_id, self._quarantine)
+
+    def _move_away(self, directory: Path, where: Path) -> str:
+        _fs.make_dirs(where, 0o700)
+        token = f"{directory.name}.{_fs.random_suffix()}"
+        _fs.rename(directory, where / token)
+        try:
+            _fs.fsync_dir(directory.parent)
+            _fs.fsync_dir(where)
+        except OSError:
+            # the caller hears that it failed, so it must not have happened
+            _fs.rename(where / token, directory)
+            raise
+        return token
+
+    def reown_base(self, base: BaseImage, damage: Callable[[BaseImage], str | None]) -> bool:
+        try:
+            if _path(base).stat().st_uid == os.geteuid():
+                return False
+        except FileNotFoundError:
+            raise BaseNotFoundError(image_id=base.image_id, stage="re-own") from None
+        _reown.reown_base(self, base, damage)
+        return True
+
+    # --- figures
+
+    def usage(self, base: BaseImage) -> DiskUsage:
+        directory = _path(base).parent
+        allocated = _extents.allocated_tree(directory)[0] + _extents.allocated(directory)
+        if not allocated:
+            raise BaseNotFoundError(image_id=base.image_id, stage="usage")
+        return DiskUsage(virtual_size=base.virtual_size, allocated=allocated)
+
+    def capacity(self) -> Capacity:
+        figures = os.statvfs(self.paths.root)
+        staging, whole = _extents.allocated_tree(self.staging)
+        trash, also = _extents.allocated_tree(self._trash)
+        quarantine, too = _extents.allocated_tree(self._quarantine)
+        return Capacity(
+            total=figures.f_blocks * figures.f_frsize,
+            free=figures.f_bavail * figures.f_frsize,
+            staging=staging,
+            trash=trash + quarantine,
+            overhead=self._overhead(),
+            complete=whole and also and too,
+        )
+
+    def _overhead(self) -> int:
+        """Allocated bytes of the root but for what is in bases, staging, trash, quarantine and disks."""
+        root = self.paths.root
+        around = [
+            root / name for name in ("users", "pins", "locks", "refused", "revoked", "hosts", "adopted", "templates")
+        ]
+        alone = [root, self._bases, self.staging, self._trash, self._quarantine]
+        alone += [root / "cache.json", root / "CACHEDIR.TAG", *around]
+        return sum(map(_extents.allocated, alone)) + sum(_extents.allocated_tree(path)[0] for path in around)
+
+    def sweep_trash(self) -> tuple[list[str], list[str], dict[str, str]]:
+        """Finish the removals that died half-way: (purged, restored, failed with the reason), by entry name.
+
+        What has users comes back. One that cannot be removed stops no other.
+        """
+        purged, restored, failed = [], [], {}
+        for token in sorted(os.listdir(self._trash)) if self._trash.is_dir() else []:  # noqa: PTH208 - names
+            try:
+                if self._restore_used(token):
+                    restored.append(token)
+                    continue
+                self._purge(token.removeprefix("."))
+            except OSError as err:
+                failed[token] = str(err)
+            else:
+                purged.append(token)
+        return purged, restored, failed
+
+    def _restore_used(self, token: str) -> bool:
+        """Give a base in the trash its name back if it has users; whether it has it."""
+        # one that begins with a dot was being purged
+        base = None if token.startswith(".") else self._read_retired(token.rpartition(".")[0], self._trash / token)
+        if base is None or not any(True for _user in self.iter_users(base)):
+            return False
+        self.restore_base(Retired(base=base, token=token))
+        # where a base of that name is there again, disks of this one hold its bytes by their own links
+        return not (self._trash / token).exists()
+
+    def _read_retired(self, image_id: str, directory: Path) -> BaseImage | None:
+        try:
+            record = _records.load_base((directory / "base.json").read_bytes())
+        except (OSError, _records.RecordError):
+            return None
+        return BaseImage(image_id=image_id, location=FileLocation(path=directory / "disk"), record=record)
+
+
+def _path(base: BaseImage) -> Path:
+    if not isinstance(base.location, FileLocation):
+        raise BackendError("not a base of this backend", image_id=base.image_id)
+    return base.location.path
+
+
+def _mark(path: Path) -> float | None:
+    try:
+        return os.stat(path).st_mtime  # noqa: PTH116 - a hit is stat-bound
+    except FileNotFoundError:
+        return None
+
+
+def host_record(disk_id: str, name: str, path: Path, made_at: float) -> bytes:
+    """What is written down of a path reference: whose it is, where, and on which host."""
+    values = {"disk_id": disk_id, "name": name, "path": str(path), "host": os.uname().nodename, "made_at": made_at}
+    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
+
+
+def made_at(written: Path) -> float | None:
+    """When the disk of a path reference was made; None: the reference is not there, or cannot be read."""
+    try:
+        values = json.loads(written.read_bytes())
+    except (OSError, ValueError):
+        return None
+    found = values.get("made_at") if isinstance(values, dict) else None
+    return float(found) if isinstance(found, int | float) else None
+
+
+def set_aside(written: Path, own: float) -> None:
+    """Keep the path reference of an earlier disk of this name: its directory may have moved, and come back."""
+    if (found := made_at(written)) is not None and found != own:
+        _fs.rename(written, written.with_name(f"{written.stem}~{_fs.random_suffix()}.json"))
+
+
+def take_back(written: Path, own: float) -> None:
+    """The disk whose path reference was kept aside is here again and has written it anew: once is enough."""
+    for path in asides(written):
+        if made_at(path) == own:
+            _fs.unlink(path)
+
+
+def asides(written: Path) -> list[Path]:
+    """The path references of earlier disks of the same name."""
+    names = _entries.names(written.parent)
+    return [written.with_name(name) for name in names if name.startswith(f"{written.stem}~")]

@@ -1,0 +1,188 @@
+"""Backend ``qcow2``: a root disk is an overlay on its base, made by qemu-img, tied to it by a hard link."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nova_imagecache import _entries, _fs, _qcow2, _qemu
+from nova_imagecache.backends import (
+    BackendError,
+    BackendPaths,
+    BackendProperties,
+    BaseImage,
+    BaseNotFoundError,
+    Fact,
+    RootDisk,
+)
+from nova_imagecache.backends._checks import check_files
+from nova_imagecache.backends._disks import reader_of
+from nova_imagecache.backends._files import host_record, set_aside, take_back
+from nova_imagecache.backends._recovery import RecoverableDisks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from typing import Any
+
+    from nova_imagecache._models import Reference
+    from nova_imagecache._records import DiskRecord
+
+_log = logging.getLogger(__name__)
+
+_NO_LINK = {
+    errno.EPERM: "the base is not ours to link (libvirt may have changed its owner), or the filesystem has no links",
+    errno.EMLINK: "the base has as many links as its filesystem allows",
+    errno.EXDEV: "cache and disks are on different filesystems",
+}
+"""Why a link cannot be, where the base's path serves instead."""
+
+
+class Qcow2Backend(RecoverableDisks):
+    """Overlays. A hard link ``<name>.base`` beside the disk is its backing file, so that the base's bytes live as long
+    as the disk whatever happens to the cache, and the filesystem counts the users."""
+
+    properties = BackendProperties(base_formats=("raw", "qcow2"), disk_kind="overlay", storage="files")
+
+    def __init__(self, options: Mapping[str, Any], paths: BackendPaths) -> None:
+        super().__init__(options, paths)
+        self._said: set[int] = set()
+
+    def check(self) -> list[Fact]:
+        return check_files(self)
+
+    # --- making
+
+    def _refer(self, base: BaseImage, disk_id: str, name: str, link: Path, made_at: float) -> Reference:
+        if self.options.reference != "path":
+            try:
+                _fs.link(self.base_path(base.image_id), link)
+            except FileNotFoundError:
+                raise BaseNotFoundError(image_id=base.image_id, stage="reference") from None
+            except OSError as err:
+                if err.errno not in _NO_LINK or self.options.reference == "link":
+                    raise
+                self._say(err.errno, base.image_id)
+            else:
+                return "link"
+        written = self.user_record(base.image_id, disk_id, name)
+        data = host_record(disk_id, name, self._directory(disk_id) / name, made_at)
+        for _attempt in range(3):
+            try:
+                _fs.make_dirs(written.parent, 0o755)
+                set_aside(written, made_at)
+                _entries.replace_file(written, data, 0o644, staging=self.staging)
+                take_back(written, made_at)
+            except FileNotFoundError:  # the last other user of this image left and took the directory along
+                continue
+            return "path"
+        raise BackendError("the path reference cannot be written", image_id=base.image_id, disk_id=disk_id)
+
+    def _say(self, code: int, image_id: str) -> None:
+        if code not in self._said:
+            self._said.add(code)
+            _log.warning("base %s: a path reference instead of a link: %s (said once)", image_id, _NO_LINK[code])
+
+    def _backing(self, base: BaseImage, name: str, reference: Reference) -> str:
+        # relative: a moved directory takes its link along. Absolute: the only name there is
+        return f"{name}.base" if reference == "link" else str(self.base_path(base.image_id))
+
+    def _disk_format(self, base: BaseImage) -> str:  # noqa: ARG002 - an overlay on whatever base
+        return "qcow2"
+
+    def _make(self, base: BaseImage, target: Path, name: str, size: int, reference: Reference) -> None:
+        _qemu.create_overlay(
+            target,
+            backing=self._backing(base, name, reference),
+            backing_format=base.format,
+            cluster_size=self._cluster_size(base),
+            size=size,
+        )
+
+    def _cluster_size(self, base: BaseImage) -> int | None:
+        if base.format != "qcow2":
+            return None
+        try:
+            with self.base_path(base.image_id).open("rb", buffering=0) as file:
+                return _qcow2.parse_header(file.read(_qcow2.HEADER_BYTES)).cluster_size
+        except FileNotFoundError:
+            raise BaseNotFoundError(image_id=base.image_id, stage="overlay") from None
+
+    # --- changing
+
+    def flatten_root_disk(self, disk_id: str, name: str) -> RootDisk:
+        with self._changing(disk_id, name) as (disk, record):
+            directory = self._directory(disk_id)
+            if record.reference != "none":
+                _qemu.flatten(directory / name, disk.virtual_size)
+                self._sync(directory / name)
+                self._rewrite(disk_id, name, replace(record, reference="none"))
+            # also where an earlier flatten died before it came to this
+            if not reader_of(directory / f"{name}.base"):
+                _fs.unlink(directory / f"{name}.base")
+            self._drop_path_reference(record, disk_id, name)
+            return replace(disk, reference="none")
+
+    def attach_root_disk(self, base: BaseImage, disk_id: str, name: str) -> RootDisk:
+        with self._changing(disk_id, name) as (disk, record):
+            self._same_bytes(base, record, disk_id, name)
+            if record.reference == "none":  # it stands alone: nothing to tie
+                return disk
+            reference = self._tie(base, disk_id, name, record.made_at)
+            path = self._directory(disk_id) / name
+            backing = self._backing(base, name, reference)
+            if self._named(path) != backing or record.base_format != base.format:
+                _qemu.set_backing(path, backing, base.format)
+                self._sync(path)
+            self._note_attached(base, disk_id, name, record, reference)
+            return replace(disk, reference=reference)
+
+    def _tie(self, base: BaseImage, disk_id: str, name: str, made_at: float) -> Reference:
+        """A reference to ``base`` in place of the one the disk has. The old link may be the last name of the disk's
+        bytes: it goes only when the new one is there and the base as well."""
+        link = self._directory(disk_id) / f"{name}.base"
+        if self._linked(base, link):
+            return "link"
+        making = self._directory(disk_id) / f".{name}.{_fs.random_suffix()}"
+        _fs.mkdir(making, 0o711)
+        try:
+            reference = self._refer(base, disk_id, name, making / link.name, made_at)
+            self.touch_base(base)
+            self._still_there(base)
+            if reference == "link":
+                _fs.rename(making / link.name, link)
+                _fs.fsync_dir(link.parent)
+        finally:
+            _fs.rmtree(making)
+        return reference
+
+    def _note_attached(
+        self, base: BaseImage, disk_id: str, name: str, record: DiskRecord, reference: Reference
+    ) -> None:
+        changed = replace(record, reference=reference, base_format=base.format, image_id=base.image_id)
+        if changed != record:
+            self._rewrite(disk_id, name, changed)
+        if reference == "link" or record.image_id != base.image_id:
+            self._drop_path_reference(record, disk_id, name)
+        if reference == "path":
+            _fs.unlink(self._directory(disk_id) / f"{name}.base")
+
+    def _linked(self, base: BaseImage, link: Path) -> bool:
+        try:
+            return self.options.reference != "path" and link.samefile(self.base_path(base.image_id))
+        except FileNotFoundError:
+            return False
+
+    def _named(self, path: Path) -> str:
+        with path.open("rb", buffering=0) as file:
+            return _qcow2.read_backing_name(file)
+
+    def _sync(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _fs.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,223 @@
+"""One image's bytes from Glance, put together from as many answers as it takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from nova_imagecache.exceptions import ImageCorruptError, ImageNotActiveError, SourceError, SourceUnavailableError
+from nova_imagecache.sources._glance_errors import Attempts, TryAgainError, failure
+
+if TYPE_CHECKING:
+    import requests
+
+    from nova_imagecache._models import ImageInfo
+    from nova_imagecache.sources._glance_http import Transport
+
+CHUNK = 2**20
+_PIECE = 2**18
+_STAGE = "fetch"
+
+# Glance's RBD store answers 400 to every range, and some proxies send another part than they are asked for.
+_NO_RANGES = frozenset({HTTPStatus.PARTIAL_CONTENT, HTTPStatus.BAD_REQUEST, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE})
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)")
+
+
+class _OtherLengthError(TryAgainError):
+    """The answer is complete in itself, but for ``length`` bytes where the image has another size."""
+
+    def __init__(self, length: int, size: int) -> None:
+        super().__init__(f"the answer is for {length} bytes, the image has {size}")
+        self.length = length
+
+
+class ImageStream:
+    """The bytes of ``image`` from ``offset`` on. ``connect`` first, then iterate ``chunks``, then ``close``.
+
+    ``look_again`` gives the image as it is now; it is asked only when the service has refused the data.
+    """
+
+    def __init__(
+        self, transport: Transport, image: ImageInfo, offset: int, look_again: Callable[[], ImageInfo]
+    ) -> None:
+        self._transport = transport
+        self._image = image
+        self._look_again = look_again
+        self._attempts = Attempts(transport.options, image_id=image.image_id, stage=_STAGE)
+        self._position = offset  # of the next byte that the reader is owed
+        self._skip = 0  # bytes of the present answer that come before it
+        self._end = image.size  # what the answer says where the image does not
+        self._ranges = True  # until the server shows that it knows none
+        self._closed = False
+        self._response: requests.Response | None = None
+
+    def connect(self) -> None:
+        """Get an answer that begins at, or before, the position; none if nothing lies behind it.
+
+        Raises:
+            ImageNotFoundError, ImageNotActiveError, SourceForbiddenError, SourceUnavailableError: see ImageSource.open.
+            ImageCorruptError: every answer is for an image of another length than announced.
+            SourceError: the service says that the image is active, and has no data.
+        """
+        if self._position and self._end is not None and self._position >= self._end:
+            return
+        while True:
+            try:
+                if self._request():
+                    return
+            except TryAgainError as err:
+                self._failed(err)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes, about 1 MiB at a time; goes on with another answer where one breaks off.
+
+        Raises:
+            the same as ``connect``.
+        """
+        while self._response is not None:
+            start = self._position
+            try:
+                yield from self._body(self._response)
+            except TryAgainError as err:
+                if self._position > start:
+                    self._attempts.progressed()
+                self._failed(err)
+                self.connect()
+            else:
+                return
+
+    def close(self) -> None:
+        """Close the connection, in the middle of an answer too; ``chunks`` gives nothing more."""
+        self._closed = True
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._response is not None:
+            self._response.close()
+            self._response = None
+
+    def _failed(self, err: TryAgainError) -> None:
+        self._drop()
+        if self._closed:
+            # an iterator that outlives its context must not begin another download
+            raise SourceUnavailableError("the stream was closed", image_id=self._image.image_id, stage=_STAGE)
+        try:
+            self._attempts.failed(err)
+        except SourceUnavailableError as last:
+            if isinstance(err, _OtherLengthError):
+                raise ImageCorruptError(
+                    self._image.size, err.length, image_id=self._image.image_id, stage=_STAGE
+                ) from last
+            raise
+
+    def _request(self) -> bool:
+        """Ask once. False: the server knows no ranges, and has to be asked for the whole."""
+        start = self._position if self._ranges else 0
+        response = self._response = self._transport.get(
+            f"/v2/images/{self._image.image_id}/file",
+            endpoint=self._attempts.endpoint,
+            image_id=self._image.image_id,
+            stage=_STAGE,
+            headers={"Range": f"bytes={start}-"} if start else None,
+            stream=True,
+        )
+        first, total = _extent(response)
+        match response.status_code:
+            case HTTPStatus.OK:
+                self._begin(0, total)
+            case HTTPStatus.PARTIAL_CONTENT if start and first == start:
+                self._begin(start, total)
+            case HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE if start and total == start and self._end is None:
+                # the size was not announced, and nothing lies behind the offset
+                self._drop()
+            case status if start and status in _NO_RANGES:
+                self._drop()
+                self._ranges = False
+                return False
+            case HTTPStatus.NO_CONTENT if self._image.size == 0:
+                self._drop()
+            case _:
+                raise self._refusal(response.status_code)
+        return True
+
+    def _begin(self, start: int, total: int | None) -> None:
+        """Take the answer: it begins at ``start``, of an image of ``total`` bytes (None: the answer does not say)."""
+        size = self._image.size
+        if total == 0 and size != 0 and not self._position:
+            raise self._refusal(HTTPStatus.NO_CONTENT)
+        if total is not None and size is not None and total != size:
+            raise _OtherLengthError(total, size)
+        self._end = size if size is not None else total
+        self._skip = self._position - start
+
+    def _body(self, response: requests.Response) -> Iterator[bytes]:
+        from urllib3.exceptions import HTTPError
+
+        pieces: list[bytes] = []
+        gathered = 0
+        broken: Exception | None = None
+        while True:
+            try:
+                # What has arrived, without waiting for more: nothing of it is lost when the connection breaks, as it
+                # would be in requests' iter_content.
+                piece = response.raw.read1(_PIECE, decode_content=True)
+            except (OSError, HTTPError) as err:
+                broken = err
+                break
+            if not piece:
+                break
+            dropped = min(self._skip, len(piece))
+            self._skip -= dropped
+            self._position += len(piece) - dropped
+            gathered += len(piece) - dropped
+            pieces.append(piece[dropped:])
+            if gathered >= CHUNK:
+                yield b"".join(pieces)
+                pieces, gathered = [], 0
+        if gathered:
+            yield b"".join(pieces)
+        self._judge_end(broken)
+
+    def _judge_end(self, broken: Exception | None) -> None:
+        """Return if the image is whole."""
+        whole = not self._skip and self._end is not None and self._position >= self._end
+        if broken is not None and not whole:
+            raise TryAgainError(f"the stream broke after {self._position} bytes: {broken}") from broken
+        if self._skip or (self._end is not None and not whole):
+            raise TryAgainError(f"the stream ended after {self._position} of {self._end} bytes")
+        if not self._position and self._image.size != 0:
+            raise self._refusal(HTTPStatus.NO_CONTENT)
+
+    def _refusal(self, status: int) -> Exception:
+        self._drop()
+        image_id = self._image.image_id
+        if status == HTTPStatus.PARTIAL_CONTENT:
+            return TryAgainError("a part was sent where the whole was asked for")
+        if status in {HTTPStatus.NO_CONTENT, HTTPStatus.FORBIDDEN}:
+            # 204: no data yet, or none any more; 403: deactivated, or not for this token. The image itself tells.
+            now = self._look_again()
+            if now.status != "active":
+                return ImageNotActiveError(now.status, image_id=image_id, stage=_STAGE)
+            if status == HTTPStatus.NO_CONTENT:
+                return SourceError(
+                    "the image is active, but its store has no data",
+                    image_id=image_id,
+                    stage=_STAGE,
+                    todo="Look whether the image's data are still in the image service's store",
+                )
+        return failure(status, image_id=image_id, stage=_STAGE)
+
+
+def _extent(response: requests.Response) -> tuple[int | None, int | None]:
+    """The answer's first byte and the whole's length, as far as its headers say; of an encoded answer, nothing."""
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        return None, None
+    if response.status_code == HTTPStatus.OK:
+        length = response.headers.get("Content-Length", "")
+        return 0, int(length) if length.isdecimal() else None
+    match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+    if match is None:
+        return None, None
+    return int(match[1]) if match[1] else None, int(match[2]) if match[2] != "*" else None

@@ -1,0 +1,290 @@
+"""The part of ``BackendContract`` about failures and death at every step, and what ``recover`` makes of it.
+
+A backend whose changes go through ``nova_imagecache._fs`` and ``_exec``, or through modules with ``SEAMS`` of their own
+named in ``fault_modules``, is tried at each of its steps. One whose steps cannot be seen is only tried as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from contextlib import suppress
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+
+from nova_imagecache._models import BaseImage, RootDisk
+from nova_imagecache.backends import Backend, BackendPaths
+from nova_imagecache.exceptions import BaseNotFoundError, DiskExistsError, ImageCacheError
+from nova_imagecache.testing._contract_kit import DISK_SIZE, MIB, ContractKit, promise, same
+from nova_imagecache.testing._faults import DEFAULT_MODULES, FaultPlan, When
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ACTIONS = ("publish", "create", "remove", "resize", "flatten", "attach", "attach-anew", "restore", "purge")
+MAY_LACK_DISK = ("publish", "create", "remove", "purge")
+
+
+class RecoveryContract(ContractKit):
+    """``recover`` sweeps what is dead and nothing else."""
+
+    def test_recover_on_clean_storage(self, backend: Backend) -> None:
+        """Where nothing died, nothing is swept."""
+        same(self._removed(backend), (), "recover on empty storage removes nothing")
+        base = self.publish(backend, "img")
+        backend.mark_unused(base, 1_700_000_000.0)
+        disk = self.create(backend, base)
+        self.create(backend, base, "flat")
+        backend.flatten_root_disk("flat", "disk")
+        before = (backend.find_base("img"), list(backend.iter_bases()), self._disks(backend))
+        report = backend.recover()
+        same(report.removed, (), "recover where nothing died removes nothing")
+        same(report.failed, {}, "recover where nothing died fails nowhere")
+        after = (backend.find_base("img"), list(backend.iter_bases()), self._disks(backend))
+        same(after, before, "recover leaves bases, marks and disks alone")
+        same(self.base_bytes(backend, base), self.sample(backend).stored, "recover leaves a base's bytes alone")
+        self.check_disk(backend, disk, self.sample(backend), "recover leaves a disk's bytes alone")
+        self.check_users(backend, base, 1, "recover leaves the users of a base alone")
+
+    def test_recover_leaves_the_living_alone(self, backend: Backend, paths: BackendPaths) -> None:
+        """What a live process works on stays, whoever recovers."""
+        sample = self.sample(backend)
+        writer = self.stage(backend, "img", sample)
+        other = self.make_backend(paths)
+        for observer in (backend, other):
+            same(self._removed(observer), (), "recover leaves a live writer alone")
+        base = writer.publish(self.record("img", sample))
+        same(self.base_bytes(backend, base), sample.stored, "a writer publishes all its bytes after a recover")
+        other.close()
+
+    def test_close(self, paths: BackendPaths) -> None:
+        """``close`` loses nothing."""
+        backend = self.make_backend(paths)
+        self.publish(backend, "img")
+        backend.close()
+        other = self.make_backend(paths)
+        found = other.find_base("img")
+        promise(found and self.base_bytes(other, found) == self.sample(other).stored, "close loses nothing")
+        other.close()
+
+    def _removed(self, backend: Backend) -> tuple[str, ...]:
+        return backend.recover().removed
+
+    def _disks(self, backend: Backend) -> list[RootDisk]:
+        return sorted(backend.iter_root_disks(), key=lambda disk: (disk.disk_id, disk.name))
+
+
+class CrashContract(ContractKit):
+    """Every operation, disturbed at each of its steps: afterwards everything that is there is whole."""
+
+    fault_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
+    """The modules whose ``SEAMS`` are this backend's steps."""
+
+    actions: ClassVar[tuple[str, ...]] = ACTIONS
+    """The operations to disturb. One more class for an option that changes little may name fewer."""
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """One test for each of the actions of the class that is collected."""
+        if "action" in metafunc.fixturenames:
+            actions = getattr(metafunc.cls, "actions", ACTIONS)
+            metafunc.parametrize("action", actions)
+
+    def test_failure_at_each_step(self, action: str, tmp_path: Path) -> None:
+        """A step that fails (disk full) leaves everything whole, the same call works again, and all can be tidied."""
+        for step, name in enumerate(self._step_names(action, tmp_path)):
+            backend = self.make_backend(self._prepared(action, tmp_path / f"{step}"))
+            with FaultPlan(self.fault_modules).fail(step), suppress(OSError, ImageCacheError):
+                self._act(action, backend)
+            words = f"after {action} failed at step {name}"
+            if action == "restore":
+                # what gives the name back has itself failed: recover gives it back
+                same(backend.recover().failed, {}, f"{words}: recover fails nowhere")
+            self._check_whole(action, backend, words)
+            self._act_again(action, backend)
+            same(backend.recover().failed, {}, f"{words}: recover fails nowhere")
+            self._check_goes_on(backend, words)
+            backend.close()
+
+    def test_death_at_each_step(self, action: str, tmp_path: Path) -> None:
+        """A process that dies at a step leaves everything whole, and nothing that ``recover`` does not sweep."""
+        if not self.forks:
+            pytest.skip("this storage is not seen by forked children")
+        names = self._step_names(action, tmp_path)
+        moments: list[tuple[int, When]] = [(step, "before") for step in range(len(names))]
+        moments += [(len(names) - 1, "after")] if names else []
+        for step, when in moments:
+            paths = self._prepared(action, tmp_path / f"{when}-{step}")
+            self.act_in_child(action, paths, FaultPlan(self.fault_modules).kill(step, when=when))
+            self._check_recovered(action, paths, f"after {action} died {when} step {names[step]}")
+
+    def test_death_while_staging(self, paths: BackendPaths) -> None:
+        """What a dead process had staged is invisible, and swept once."""
+        if not self.forks:
+            pytest.skip("this storage is not seen by forked children")
+        before = self._measure(paths)
+        self.act_in_child("stage", paths, FaultPlan(self.fault_modules))
+        backend = self.make_backend(paths)
+        same(backend.find_base("img"), None, "what a dead process had staged is not found")
+        promise(backend.recover().removed, "recover names what it swept")
+        same(backend.recover().removed, (), "recover has nothing left to sweep the second time")
+        same(backend.capacity().staging, before, "recover frees what a dead process had staged")
+        promise(self.publish(backend, "img"), "an image comes in after another process died staging it")
+        backend.close()
+
+    def act_in_child(self, action: str, paths: BackendPaths, plan: FaultPlan) -> None:
+        """Do the action in another process under the plan, and come back when that process is dead.
+
+        By fork; a storage whose client does not survive that overrides this, and calls ``child`` in a spawned process
+        with ``plan.spec()``.
+        """
+        with warnings.catch_warnings():
+            # Python 3.12 warns of forking beside threads; the child runs this thread only, and ends without cleaning up
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process = os.fork()
+        if process == 0:
+            try:
+                self.child(action, paths, plan)
+            finally:
+                os._exit(70)
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        promise(status in (0, -signal.SIGKILL), f"{action} in a child ends or is killed, not {status}")
+
+    def child(self, action: str, paths: BackendPaths, plan: FaultPlan) -> None:
+        """What the other process does; it does not come back."""
+        backend = self.make_backend(paths)
+        try:
+            with plan:
+                self._act(action, backend)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            raise
+        os._exit(0)
+
+    # --- the actions
+
+    def _prepared(self, action: str, directory: Path) -> BackendPaths:
+        directory.mkdir()
+        paths = self.make_paths(directory)
+        backend = self.make_backend(paths)
+        if action not in ("publish", "stage"):
+            base = self.publish(backend, "img")
+            if action not in ("create", "purge"):
+                self.create(backend, base)
+            if action == "attach-anew":
+                self._bring_in_anew(backend, base)
+        backend.close()
+        return paths
+
+    def _bring_in_anew(self, backend: Backend, base: BaseImage) -> None:
+        # what a disk is left with when the cache lost its base: its own link, or a path that leads to the next one
+        retired = backend.retire_base(base)
+        if backend.properties.disk_kind != "clone":
+            backend.purge_base(retired)
+        self.publish(backend, "img")
+
+    def _act(self, action: str, backend: Backend) -> None:
+        if action == "stage":
+            self.stage(backend, "img", self.sample(backend)).sync()
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif action == "publish":
+            self._act_publish(backend)
+        elif action == "create":
+            self.create(backend, self._base(backend))
+        elif action == "remove":
+            backend.remove_root_disk("vm", "disk")
+        elif action == "resize":
+            backend.resize_root_disk("vm", "disk", DISK_SIZE + MIB)
+        elif action == "flatten":
+            backend.flatten_root_disk("vm", "disk")
+        elif action in ("attach", "attach-anew"):
+            backend.attach_root_disk(self._base(backend), "vm", "disk")
+        elif action == "restore":
+            backend.restore_base(backend.retire_base(self._base(backend)))
+        else:
+            backend.purge_base(backend.retire_base(self._base(backend)))
+
+    def _act_publish(self, backend: Backend) -> None:
+        sample = self.sample(backend)
+        writer = backend.stage_base("img", sample.format)
+        try:
+            writer.set_size(len(sample.stored))
+            writer.write_at(0, sample.stored)
+            writer.write_sums(bytes(24))
+            writer.publish(self.record("img", sample))
+        finally:
+            writer.discard()
+
+    def _act_again(self, action: str, backend: Backend) -> None:
+        # the call that was disturbed may have done its work but for tidying up
+        with suppress(BaseNotFoundError, DiskExistsError):
+            self._act(action, backend)
+
+    def _step_names(self, action: str, tmp_path: Path) -> list[str]:
+        backend = self.make_backend(self._prepared(action, tmp_path / "trace"))
+        with FaultPlan(self.fault_modules) as plan:
+            self._act(action, backend)
+        backend.close()
+        return [str(step) for step in plan.trace]
+
+    def _measure(self, paths: BackendPaths) -> int:
+        backend = self.make_backend(paths)
+        staging = backend.capacity().staging
+        backend.close()
+        return staging
+
+    # --- what must hold
+
+    def _check_recovered(self, action: str, paths: BackendPaths, words: str) -> None:
+        backend = self.make_backend(paths)
+        report = backend.recover()
+        same(report.failed, {}, f"{words}: recover fails nowhere")
+        second = backend.recover()
+        same((second.removed, second.restored), ((), ()), f"{words}: recover sweeps all at once (first: {report})")
+        capacity = backend.capacity()
+        if capacity.complete and backend.properties.disk_kind != "clone":
+            empty = self.make_backend(self.make_paths(paths.root.parent / "empty"))
+            same(capacity.staging, empty.capacity().staging, f"{words}: recover leaves nothing in staging")
+            same(capacity.trash, empty.capacity().trash, f"{words}: recover leaves nothing in trash")
+            empty.close()
+        if backend.get_root_disk("vm", "disk") is None:
+            same(self.litter(paths, "vm"), [], f"{words}: recover leaves no half-made disk")
+        self._check_whole(action, backend, words)
+        self._act_again(action, backend)
+        self._check_goes_on(backend, words)
+        backend.close()
+
+    def _check_whole(self, action: str, backend: Backend, words: str) -> None:
+        sample = self.sample(backend)
+        base = backend.find_base("img")
+        if base is not None:
+            same(self.base_bytes(backend, base), sample.stored, f"{words}: a base that is found is whole")
+        disk = backend.get_root_disk("vm", "disk")
+        if disk is not None:
+            self.check_disk(backend, disk, sample, f"{words}: a disk that is listed is whole")
+        promise(disk or action in MAY_LACK_DISK, f"{words}: a disk that was there stays")
+        listed = [disk] if disk else []
+        same(list(backend.iter_root_disks()), listed, f"{words}: iter_root_disks agrees with get_root_disk")
+
+    def _check_goes_on(self, backend: Backend, words: str) -> None:
+        sample = self.sample(backend)
+        base = backend.find_base("img") or self.publish(backend, "img")
+        same(self.base_bytes(backend, base), sample.stored, f"{words}: the image has a base that is whole")
+        if backend.get_root_disk("vm", "disk") is None:
+            self.create(backend, base)
+        disk = backend.attach_root_disk(base, "vm", "disk")
+        self.check_disk(backend, disk, sample, f"{words}: the disk can be made and attached, and is whole")
+        self.check_users(backend, base, 0 if disk.reference == "none" else 1, f"{words}: users are counted rightly")
+        backend.remove_root_disk("vm", "disk")
+        same(backend.get_root_disk("vm", "disk"), None, f"{words}: the disk can be removed")
+        self.check_users(backend, base, 0, f"{words}: a removed disk is no user")
+        backend.purge_base(backend.retire_base(base))
+        same(backend.find_base("img"), None, f"{words}: the base can be removed")
+
+    def _base(self, backend: Backend) -> BaseImage:
+        found = backend.find_base("img")
+        if found is None:
+            raise BaseNotFoundError(image_id="img", stage="contract")
+        return found
