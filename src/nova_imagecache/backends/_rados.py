@@ -1,0 +1,278 @@
+"""The only importer of Ceph's bindings (``rados``, ``rbd``): every step that changes a pool, and errors of ours.
+
+The functions named in ``SEAMS`` are the steps; whoever wants to count, fail or hold them replaces these attributes
+(``FaultPlan(modules=["nova_imagecache.backends._rados"])``), so they are called as attributes of this module.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nova_imagecache.backends._rados_errors import NotThereError, error_of
+from nova_imagecache.exceptions import BackendError, BackendUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SEAMS = (
+    "create",
+    "resize",
+    "write",
+    "flush",
+    "create_snapshot",
+    "protect",
+    "unprotect",
+    "remove_snapshot",
+    "clone",
+    "flatten",
+    "set_metadata",
+    "remove_metadata",
+    "trash_move",
+    "trash_restore",
+    "trash_remove",
+    "remove",
+    "put_object",
+    "remove_object",
+    "claim",
+    "remove_claimed",
+)
+"""Functions of this module that change a pool."""
+
+_CLAIM = "nova_imagecache.claim"
+_MAY_RENEW = 1  # LIBRADOS_LOCK_FLAG_RENEW
+_FULL_TRY = 64  # LIBRADOS_OPERATION_FULL_TRY: a full pool keeps nobody from removing
+_PACKAGES = "Install Ceph's bindings for this Python (Debian: python3-rados and python3-rbd; they are not on PyPI)"
+
+
+class Ioctx(Protocol):
+    """A pool, open."""
+
+    def get_pool_id(self) -> int: ...
+    def read(self, key: str, length: int = ..., offset: int = ...) -> bytes: ...
+    def close(self) -> None: ...
+
+
+class Image(Protocol):
+    """An RBD image, open."""
+
+    def id(self) -> str: ...
+    def size(self) -> int: ...
+    def features(self) -> int: ...
+    def flags(self) -> int: ...
+    def read(self, offset: int, length: int) -> bytes: ...
+    def close(self) -> None: ...
+
+
+@functools.cache
+def bindings() -> tuple[Any, Any]:
+    """The modules rados and rbd.
+
+    Raises:
+        BackendError: they are not installed; says what to install.
+    """
+    try:
+        import rados  # type: ignore[import-not-found]  # Debian's bindings ship no types
+        import rbd  # type: ignore[import-not-found]  # likewise
+    except ImportError as err:
+        raise BackendError(f"Ceph's bindings cannot be imported: {err}", stage="loading", todo=_PACKAGES) from err
+    return rados, rbd
+
+
+@contextmanager
+def answers(what: str) -> Iterator[None]:
+    """Run calls of the bindings; what they raise comes out as ours, and says ``what`` was tried."""
+    rados, rbd = bindings()
+    try:
+        yield
+    except (rados.Error, rbd.Error) as err:
+        raise error_of(getattr(err, "errno", None), f"{what}: {err}") from err
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def open_for_writing(ioctx: Ioctx, *, name: str | None = None, image_id: str | None = None) -> Image:
+    """The image by name or by id; the caller closes it. Ceph counts it as in use until then."""
+    _, rbd = bindings()
+    with answers(f"open {name or image_id} for writing"):
+        image: Image = rbd.Image(ioctx, name, image_id=image_id)
+        return image
+
+
+@contextmanager
+def changing(ioctx: Ioctx, *, name: str | None = None, image_id: str | None = None) -> Iterator[Image]:
+    """The image, open for writing while the block runs."""
+    image = open_for_writing(ioctx, name=name, image_id=image_id)
+    try:
+        yield image
+    finally:
+        close_image(image, name or image_id)
+
+
+def close_image(image: Image, name: str | None = None) -> None:
+    """Close the image; what was written before is flushed."""
+    with answers(f"close {name or 'an image'}"):
+        image.close()
+
+
+# --- changing: the steps ---------------------------------------------------------------------------------------------
+
+
+def create(ioctx: Ioctx, name: str, size: int, features: int) -> None:
+    """A new image of zeros; ExistsError if there is one of that name."""
+    _, rbd = bindings()
+    with answers(f"create {name}"):
+        rbd.RBD().create(ioctx, name, size, features=features, old_format=False)
+
+
+def resize(image: Any, size: int) -> None:
+    """Make the image ``size`` bytes long."""
+    with answers(f"resize to {size}"):
+        image.resize(size)
+
+
+def write(image: Any, offset: int, data: bytes, done: Callable[[int], None]) -> None:
+    """Start writing; ``done`` is called with 0 or a negative errno from a thread of librbd."""
+    with answers(f"write at {offset}"):
+        image.aio_write(data, offset, lambda completion: done(completion.get_return_value()))
+
+
+def flush(image: Any) -> None:
+    """What was written is on stable storage."""
+    with answers("flush"):
+        image.flush()
+
+
+def create_snapshot(image: Any, name: str) -> None:
+    """A snapshot of the image as it is."""
+    with answers(f"create snapshot {name}"):
+        image.create_snap(name)
+
+
+def protect(image: Any, snapshot: str) -> None:
+    """Protect the snapshot, as clones of format 1 need it."""
+    with answers(f"protect snapshot {snapshot}"):
+        image.protect_snap(snapshot)
+
+
+def unprotect(image: Any, snapshot: str) -> None:
+    """Take the protection away; BusyError while clones of format 1 depend on it."""
+    with answers(f"unprotect snapshot {snapshot}"):
+        image.unprotect_snap(snapshot)
+
+
+def remove_snapshot(image: Any, snapshot: str) -> None:
+    """Remove the snapshot. With clones of format 2 it stays, hidden, until the last of them is gone."""
+    with answers(f"remove snapshot {snapshot}"):
+        image.remove_snap(snapshot)
+
+
+def clone(source: Ioctx, name: str, snapshot: str, target: Ioctx, clone_name: str, *, features: int) -> None:
+    """A clone. NotThereError: no such parent; RefusedError: Ceph wants the snapshot protected."""
+    _, rbd = bindings()
+    with answers(f"clone {name}@{snapshot} to {clone_name}"):
+        rbd.RBD().clone(source, name, snapshot, target, clone_name, features=features)
+
+
+def flatten(image: Any) -> None:
+    """Copy all that the parent holds into the image; it stands alone afterwards."""
+    with answers("flatten"):
+        image.flatten()
+
+
+def set_metadata(image: Any, key: str, value: str) -> None:
+    """Set a value of the image's metadata. A clone begins with a copy of its parent's."""
+    with answers(f"set metadata {key}"):
+        image.metadata_set(key, value)
+
+
+def remove_metadata(image: Any, key: str) -> None:
+    """Take a value away; one that is not there is fine."""
+    with answers(f"remove metadata {key}"):
+        try:
+            image.metadata_remove(key)
+        except KeyError:
+            return
+
+
+def trash_move(ioctx: Ioctx, name: str, delay: int) -> None:
+    """Take the image's name away; for ``delay`` seconds nobody removes it from the trash without force.
+
+    Of several who move one name all may be told that it worked.
+    """
+    _, rbd = bindings()
+    with answers(f"move {name} to the trash"):
+        rbd.RBD().trash_move(ioctx, name, delay)
+
+
+def trash_restore(ioctx: Ioctx, image_id: str, name: str) -> None:
+    """Give an image in the trash this name in one atomic step; ExistsError if the name is taken.
+
+    A second try for the same id and name is safe, and completes a first one that died half-way.
+    """
+    _, rbd = bindings()
+    with answers(f"restore {image_id} as {name}"):
+        rbd.RBD().trash_restore(ioctx, image_id, name)
+
+
+def trash_remove(ioctx: Ioctx, image_id: str) -> None:
+    """Free what an image in the trash takes. BusyError: somebody has it open; SnapshotsError: it has some."""
+    _, rbd = bindings()
+    with answers(f"remove {image_id} from the trash"):
+        # by force: the delay keeps others away, not us
+        rbd.RBD().trash_remove(ioctx, image_id, True)
+
+
+def remove(ioctx: Ioctx, name: str) -> None:
+    """Remove an image by name."""
+    _, rbd = bindings()
+    with answers(f"remove {name}"):
+        rbd.RBD().remove(ioctx, name)
+
+
+def put_object(ioctx: Any, key: str, data: bytes) -> None:
+    """A rados object of exactly this content."""
+    with answers(f"write object {key}"):
+        ioctx.write_full(key, data)
+
+
+def remove_object(ioctx: Any, key: str) -> None:
+    """Remove a rados object; one that is not there is fine."""
+    try:
+        with answers(f"remove object {key}"):
+            ioctx.remove_object(key)
+    except NotThereError:
+        return
+
+
+def claim(ioctx: Any, key: str, cookie: str, seconds: int, why: str, *, renewing: bool = False) -> None:
+    """Lock this object for a use of ours; BusyError: another has. Ends by itself, two seconds after ``seconds``."""
+    with answers(f"claim {key}"):
+        ioctx.lock_exclusive(key, _CLAIM, cookie, why, seconds, _MAY_RENEW if renewing else 0)
+
+
+def disclaim(ioctx: Any, key: str, cookie: str) -> None:
+    """End a claim; one that has ended, or whose object is gone, is fine."""
+    try:
+        with answers(f"disclaim {key}"):
+            ioctx.unlock(key, _CLAIM, cookie)
+    except (NotThereError, BackendUnavailableError):  # it ends by itself
+        return
+
+
+def remove_claimed(ioctx: Any, key: str, cookie: str) -> None:
+    """Remove an object and our claim of it in one step; BusyError: it is not ours any more."""
+    rados, _ = bindings()
+    # struct cls_lock_assert_op: name, type 1 (exclusive), cookie, no tag
+    held = _encoded(_CLAIM) + b"\1" + _encoded(cookie) + _encoded("")
+    with answers(f"remove {key} and its claim"), rados.WriteOpCtx() as operation:
+        operation.execute("lock", "assert_locked", struct.pack("<BBI", 1, 1, len(held)) + held)
+        operation.remove()
+        ioctx.operate_write_op(operation, key, flags=_FULL_TRY)
+
+
+def _encoded(text: str) -> bytes:
+    return struct.pack("<I", len(text)) + text.encode("ascii")

@@ -1,0 +1,127 @@
+"""Ties a clone to another base of the same bytes: a new clone that gets what differs, in the old one's place."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from nova_imagecache.backends import (
+    BaseImage,
+    BaseNotFoundError,
+    DiskExistsError,
+    DiskInUseError,
+    DiskNotFoundError,
+    RootDisk,
+    _rados,
+    _rbd_look,
+)
+from nova_imagecache.backends._rados_errors import ExistsError, NotThereError, error_of
+from nova_imagecache.backends._rbd_disks import RbdDisks
+from nova_imagecache.backends._rbd_store import disk_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nova_imagecache.backends._rados import Image
+
+_PIECE = 4 * 2**20
+
+
+class AttachableDisks(RbdDisks):
+    """Root disks that can be tied to a base again."""
+
+    def attach_root_disk(self, base: BaseImage, disk_id: str, name: str) -> RootDisk:
+        disk, final = self._existing(disk_id, name), disk_name(disk_id, name)
+        self._refuse_other_bytes(base, disk_id, name)
+        now = self.find_base(base.image_id)
+        if disk.reference == "none":
+            return disk
+        if now is None or now.record != base.record:
+            raise BaseNotFoundError("the base went away meanwhile", image_id=base.image_id, stage="attach")
+        rbd_id = self.store.id_of(final)
+        if rbd_id is None:
+            raise DiskNotFoundError(disk_id=disk_id, name=name)
+        if not self._is_clone_of(rbd_id, now):
+            with self.store.room():
+                self._tie(now, rbd_id, disk)
+        self.touch_base(now)
+        return self._existing(disk_id, name)
+
+    def _refuse_other_bytes(self, base: BaseImage, disk_id: str, name: str) -> None:
+        with _rbd_look.opened(self.store.io, disk_name(disk_id, name)) as image:
+            record = self._record(image, disk_id, name)
+        if record is None:
+            raise DiskNotFoundError(disk_id=disk_id, name=name)
+        if record.digest is not None and base.digest is not None and record.digest.algorithm == base.digest.algorithm:
+            same = record.digest == base.digest
+        else:
+            same = record.image_id == base.image_id
+        if not same:
+            raise DiskExistsError(
+                f"the disk was made of image {record.image_id} ({record.digest}), not of these bytes ({base.digest})",
+                image_id=base.image_id,
+                disk_id=disk_id,
+                name=name,
+                stage="attach",
+            )
+
+    def _tie(self, base: BaseImage, old: str, disk: RootDisk) -> None:
+        """Put a clone of ``base`` with the disk's content in the disk's place; the old one goes last of all."""
+        final = disk_name(disk.disk_id, disk.name)
+        with self.store.staging(final) as staging:
+            new = None
+            try:
+                new = self._clone(base, staging, disk.virtual_size)
+                self._write_down(base, new, disk.virtual_size, final)
+                self._still_there(base, new)
+                with _rbd_look.opened_by_id(self.store.io, old) as source:
+                    _refuse_watched(source, disk)
+                    with _rados.changing(self.store.io, image_id=new) as target:
+                        _copy_differences(source, target)
+                self._swap(old, new, staging, final)
+            except BaseException:
+                self.store.drop(new or self.store.id_of(staging), staging, final)
+                raise
+        with suppress(NotThereError):
+            _rados.trash_remove(self.store.io, old)
+
+    def _swap(self, old: str, new: str, staging: str, final: str) -> None:
+        try:
+            self._take_out(old, final, why="replaced")
+            self.store.publish(new, staging, final)
+        except BaseException:
+            # nobody but us was told that it worked: the disk is the old one again
+            with suppress(ExistsError):
+                self._put_back(old, final)
+            raise
+
+
+def _refuse_watched(image: Image, disk: RootDisk) -> None:
+    if watchers := _rbd_look.watchers(image):
+        detail = f"the root disk is in use (open at {', '.join(watchers)})"
+        raise DiskInUseError(detail, disk_id=disk.disk_id, name=disk.name, stage="attach")
+
+
+def _copy_differences(source: Image, target: Image) -> None:
+    """Write to ``target`` whatever ``source`` holds otherwise; both are of one size. Reads all data of both."""
+    # what neither holds anything in is zeros in both; a discarded object of a clone is told by its parent's data
+    extents = [*_rbd_look.data_extents(source, fixed=False), *_rbd_look.data_extents(target, fixed=False)]
+    for offset, length in _pieces(extents):
+        wanted = _rbd_look.read(source, offset, length)
+        if wanted != _rbd_look.read(target, offset, length):
+            failures: list[int] = []
+            _rados.write(target, offset, wanted, failures.append)
+            _rados.flush(target)
+            if any(code < 0 for code in failures):
+                raise error_of(-min(failures), "copying a disk's own data failed")
+
+
+def _pieces(extents: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    position = 0
+    for start, length in sorted(extents):
+        end = start + length
+        position = max(position, start)
+        while position < end:
+            step = min(_PIECE - position % _PIECE, end - position)
+            yield position, step
+            position += step

@@ -1,0 +1,223 @@
+"""One connection to a cluster for a whole process, however many backends, threads and disks there are."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nova_imagecache.backends import _rbd_look
+from nova_imagecache.backends._rados import answers, bindings
+from nova_imagecache.backends._rados_errors import (
+    LOSSES,
+    ForbiddenError,
+    ForkedError,
+    NoPoolError,
+    NotThereError,
+    RadosError,
+    RefusedError,
+)
+from nova_imagecache.exceptions import BackendError, BackendUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from nova_imagecache.backends._rados import Ioctx
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Which cluster, as whom, and how many seconds it may take to answer."""
+
+    conf: str
+    user: str
+    timeout: float
+
+
+class Connection:
+    """A connection that is made when it is first used, and made again when it is lost. Thread-safe.
+
+    All of a process's backends with the same address share it, and give it back with ``release``.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.holders = 0
+        self._lock = threading.Lock()
+        self._cluster: Any = None
+        self._lost: list[Any] = []
+        self._losses = 0
+        self._pid = 0
+        self._pools: dict[str, tuple[int, Ioctx]] = {}
+        self._failed: tuple[float, BackendError] | None = None
+        self._hosts: tuple[tuple[str, int], ...] | None = None
+        self._endings: list[Callable[[], None]] = []
+        self._shared: dict[tuple[type, str], Any] = {}
+
+    # --- using it
+
+    def pool(self, name: str) -> Ioctx:
+        """The pool, open. One that was deleted and made again is opened anew.
+
+        Raises:
+            NoPoolError: there is none of that name.
+            BackendUnavailableError: the cluster does not answer.
+        """
+        cluster = self._connected()
+        with self._lock:
+            try:
+                # answered from the map of the cluster that the client holds
+                with answers(f"look for pool {name}"):
+                    number = cluster.pool_lookup(name)
+                    known = self._pools.get(name)
+                    if known is None or known[0] != number:
+                        known = self._pools[name] = (number, cluster.open_ioctx(name))
+            except NotThereError:
+                raise NoPoolError(f"there is no pool {name!r} in the cluster") from None
+            return known[1]
+
+    def fsid(self) -> str:
+        """The cluster's id."""
+        cluster = self._connected()
+        with answers("ask for the fsid"):
+            return str(cluster.get_fsid())
+
+    def config(self, name: str) -> str:
+        """What the client's configuration says, defaults included."""
+        cluster = self._connected()
+        with answers(f"read option {name}"):
+            return str(cluster.conf_get(name) or "")
+
+    def command(self, prefix: str, **arguments: str) -> Any:
+        """The monitors' answer, from JSON."""
+        return _rbd_look.command(self._connected(), prefix, **arguments)
+
+    def monitors(self) -> tuple[tuple[str, int], ...]:
+        """(address, port) of each monitor, as libvirt and qemu take them; asked once a connection."""
+        self._connected()
+        if self._hosts is None:
+            self._hosts = tuple(_hosts(self.command("mon dump")))
+        return self._hosts
+
+    def shared(self, kind: type, pool: str, make: Callable[[], Any]) -> Any:
+        """The one thing of this kind and pool that all holders share, made by whoever asks first."""
+        with self._lock:
+            if (kind, pool) not in self._shared:
+                self._shared[kind, pool] = make()
+            return self._shared[kind, pool]
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        """Call this before the connection is given up in good order."""
+        with self._lock:
+            self._endings.append(call)
+
+    # --- making and ending it
+
+    def _connected(self) -> Any:
+        if self._cluster is not None and self._pid == os.getpid() and self._losses == LOSSES.count:
+            return self._cluster
+        _refuse_forked()
+        asked = time.monotonic()
+        with self._lock:
+            if self._cluster is not None and self._losses != LOSSES.count:
+                self._lose()
+            if self._cluster is None:
+                # of many that wait for a cluster that is down, one finds out
+                if self._failed is not None and self._failed[0] >= asked:
+                    raise BackendUnavailableError(self._failed[1].detail) from self._failed[1]
+                self._losses = LOSSES.count
+                try:
+                    self._cluster = self._connect()
+                except BackendUnavailableError as err:
+                    self._failed = (time.monotonic(), err)
+                    raise
+                self._pid = os.getpid()
+            return self._cluster
+
+    def _connect(self) -> Any:
+        rados, _ = bindings()
+        _PROCESS.pid = os.getpid()
+        seconds = str(math.ceil(self.address.timeout))  # Ceph takes whole ones
+        # connect(timeout=) is ignored; these three count, for the first answer and for each operation
+        limits = {"client_mount_timeout": seconds, "rados_osd_op_timeout": seconds, "rados_mon_op_timeout": seconds}
+        what = f"connect as client.{self.address.user} by {self.address.conf}"
+        try:
+            with answers(what):
+                name = f"client.{self.address.user}"
+                cluster = rados.Rados(conffile=self.address.conf, name=name, conf=limits)
+                cluster.connect()
+        except (NotThereError, RefusedError) as err:
+            todo = "Check backend_options.conf and user, and that the keyring the file names is there and readable"
+            raise RadosError(err.detail, stage="connecting", todo=todo) from err
+        except ForbiddenError as err:
+            todo = f"Check that the keyring holds the cluster's key of client.{self.address.user}"
+            raise ForbiddenError(err.detail, stage="connecting", todo=todo) from err
+        return cluster
+
+    def _lose(self) -> None:
+        """Forget the connection: the cluster has thrown it out. It is kept, since open images hold on to it."""
+        self._lost.append(self._cluster)
+        self._cluster = self._hosts = None
+        self._pools, self._shared, self._endings = {}, {}, []
+
+    def end(self) -> None:
+        """Give the connection back to the cluster."""
+        if self._cluster is None or self._pid != os.getpid():  # a forked child's copy is the parent's
+            return
+        for call in self._endings:
+            call()
+        with self._lock:
+            cluster, self._cluster, self._hosts = self._cluster, None, None
+            pools, self._pools, self._shared, self._endings = self._pools, {}, {}, []
+        for _, ioctx in pools.values():
+            ioctx.close()
+        with answers("disconnect"):
+            cluster.shutdown()
+
+
+class _Process:
+    """What this process has open. librados is one library per process: so is this."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.connections: dict[Address, Connection] = {}
+        self.pid = 0
+
+
+_PROCESS = _Process()
+
+
+def _refuse_forked() -> None:
+    if _PROCESS.pid not in (0, os.getpid()):
+        raise ForkedError("this process was forked from one that has used Ceph, whose client does not survive that")
+
+
+def hold(address: Address) -> Connection:
+    """The process's connection to this address; nothing is connected yet."""
+    with _PROCESS.lock:
+        connection = _PROCESS.connections.setdefault(address, Connection(address))
+        connection.holders += 1
+        return connection
+
+
+def release(connection: Connection) -> None:
+    """Give it back; the last holder ends it."""
+    with _PROCESS.lock:
+        connection.holders -= 1
+        if connection.holders > 0:
+            return
+        _PROCESS.connections.pop(connection.address, None)
+    connection.end()
+
+
+def _hosts(answer: Any) -> Iterator[tuple[str, int]]:
+    for monitor in answer["mons"]:
+        addresses = {one["type"]: one["addr"] for one in monitor["public_addrs"]["addrvec"]}
+        # libvirt and qemu speak to the port of the first protocol unless told otherwise
+        address = addresses.get("v1") or addresses.get("v2")
+        if address:
+            host, _, port = address.rpartition(":")
+            yield host.strip("[]"), int(port)

@@ -1,0 +1,270 @@
+"""Root disks in Ceph: clones ``<pool>/<disk-id>_<name>``, the disks' half of the backend ``rbd``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nova_imagecache import _records
+from nova_imagecache.backends import (
+    BackendError,
+    BaseImage,
+    BaseNotFoundError,
+    DiskExistsError,
+    DiskInUseError,
+    DiskNotFoundError,
+    RbdLocation,
+    RootDisk,
+    _rados,
+    _rbd_look,
+)
+from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError, RefusedError, SnapshotsError
+from nova_imagecache.backends._rbd_bases import RbdBases
+from nova_imagecache.backends._rbd_store import DISK, FINAL, GOING, SNAPSHOT, disk_name, split_disk_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nova_imagecache.backends._rados import Image
+
+_log = logging.getLogger(__name__)
+
+
+class RbdDisks(RbdBases):
+    """The root disks' half."""
+
+    # --- making
+
+    def create_root_disk(self, base: BaseImage, disk_id: str, name: str, size: int) -> RootDisk:
+        final = disk_name(disk_id, name)
+        if self.store.id_of(final) is not None:
+            raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name)
+        with self.store.room(), self.store.staging(final) as staging:
+            rbd_id = None
+            try:
+                rbd_id = self._clone(base, staging, size)
+                self._write_down(base, rbd_id, size, final)
+                # the clone is counted by now; whoever takes the base away looks the other way round
+                self._still_there(base, rbd_id)
+                self.store.publish(rbd_id, staging, final)
+            except BaseException as err:
+                published = not self.store.drop(rbd_id or self.store.id_of(staging), staging, final)
+                if isinstance(err, ExistsError) and not published:
+                    raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name) from err
+                raise
+        return self._told(disk_id, name, size, base.image_id)
+
+    def _clone(self, base: BaseImage, staging: str, size: int) -> str:
+        """A clone of the base under a staging name, ``size`` bytes long; its id."""
+        source, parent = self._whereabouts(base)
+        snapshot = base.location.snapshot if isinstance(base.location, RbdLocation) else None
+        snapshot = snapshot or SNAPSHOT
+        features = self.store.features()
+        try:
+            try:
+                _rados.clone(source, parent, snapshot, self.store.io, staging, features=features)
+            except RefusedError:
+                # made when clones were of format 2, asked for when they are of format 1
+                if not base.managed:
+                    raise
+                with _rados.changing(self.store.io, name=parent) as image:
+                    _rados.protect(image, snapshot)
+                _rados.clone(source, parent, snapshot, self.store.io, staging, features=features)
+        except NotThereError as err:
+            raise BaseNotFoundError("the base went away meanwhile", image_id=base.image_id, stage="clone") from err
+        with _rados.changing(self.store.io, name=staging) as image:
+            if image.size() != size:
+                _rados.resize(image, size)
+            return image.id()
+
+    def _write_down(self, base: BaseImage, rbd_id: str, size: int, final: str) -> None:
+        record = _records.DiskRecord(
+            image_id=base.image_id,
+            format="raw",
+            reference="clone",
+            created_size=size,
+            digest=base.digest,
+            base_format=base.format,
+            made_at=time.time(),
+        )
+        with _rados.changing(self.store.io, image_id=rbd_id) as image:
+            _rados.set_metadata(image, DISK, _records.dump_disk(record).decode())
+            _rados.set_metadata(image, FINAL, final)
+
+    def _still_there(self, base: BaseImage, rbd_id: str) -> None:
+        """See that the clone's parent is the base that was given, still has its name, and is used from now on."""
+        now = self.find_base(base.image_id)
+        if now is None or now.record != base.record or not self._is_clone_of(rbd_id, now):
+            raise BaseNotFoundError("the base went away meanwhile", image_id=base.image_id, stage="clone")
+        self.touch_base(now)
+
+    def _is_clone_of(self, rbd_id: str, base: BaseImage) -> bool:
+        source, name = self._whereabouts(base)
+        with _rbd_look.opened_by_id(self.store.io, rbd_id) as image:
+            found = _rbd_look.parent(image)
+        try:
+            with _rbd_look.opened(source, name) as image:
+                wanted = image.id()
+        except NotThereError:
+            return False
+        pool = base.location.pool if isinstance(base.location, RbdLocation) else ""
+        return found is not None and found[:2] == (pool, wanted)
+
+    # --- looking
+
+    def _told(self, disk_id: str, name: str, size: int, image_id: str, *, parent: bool = True) -> RootDisk:
+        return RootDisk(
+            disk_id=disk_id,
+            name=name,
+            location=self.store.location(disk_name(disk_id, name)),
+            format="raw",
+            virtual_size=size,
+            image_id=image_id,
+            reference="clone" if parent else "none",
+        )
+
+    def get_root_disk(self, disk_id: str, name: str) -> RootDisk | None:
+        final = disk_name(disk_id, name)
+        try:
+            with _rbd_look.opened(self.store.io, final) as image:
+                record = self._record(image, disk_id, name)
+                if record is None:
+                    return None
+                cloned = _rbd_look.parent(image) is not None
+                return self._told(disk_id, name, image.size(), record.image_id, parent=cloned)
+        except NotThereError:
+            return None
+
+    def _record(self, image: Image, disk_id: str, name: str) -> _records.DiskRecord | None:
+        text = _rbd_look.metadata(image, DISK)
+        if text is None:  # an image of somebody else's
+            return None
+        try:
+            return _records.load_disk(text.encode())
+        except _records.RecordError as err:
+            _log.warning("disk %s/%s: its record cannot be read: %s", disk_id, name, err)
+            return None
+
+    def iter_root_disks(self) -> Iterator[RootDisk]:
+        for image_name in _rbd_look.names(self.store.io):
+            if (names := split_disk_name(image_name)) is None:
+                continue
+            try:
+                disk = self.get_root_disk(*names)
+            except BackendError as err:
+                if err.retryable:  # nobody answers: a list that ends here would be a lie
+                    raise
+                _log.warning("image %s is left out: %s", image_name, err)
+                continue
+            if disk is not None:
+                yield disk
+
+    def _existing(self, disk_id: str, name: str) -> RootDisk:
+        disk = self.get_root_disk(disk_id, name)
+        if disk is None:
+            raise DiskNotFoundError(disk_id=disk_id, name=name)
+        return disk
+
+    # --- changing
+
+    def resize_root_disk(self, disk_id: str, name: str, size: int) -> RootDisk:
+        disk = self._existing(disk_id, name)
+        with self.store.room(), self._change(disk_id, name) as image:
+            _rados.resize(image, size)
+        return replace(disk, virtual_size=size)
+
+    def flatten_root_disk(self, disk_id: str, name: str) -> RootDisk:
+        disk = self._existing(disk_id, name)
+        if disk.reference == "none":
+            return disk
+        with self.store.room(), self._change(disk_id, name) as image:
+            try:
+                _rados.flatten(image)
+            except RefusedError:
+                if _rbd_look.parent(image) is not None:
+                    raise
+        return replace(disk, reference="none")
+
+    def _change(self, disk_id: str, name: str) -> _Changing:
+        return _Changing(self, disk_id, name)
+
+    # --- going
+
+    def remove_root_disk(self, disk_id: str, name: str) -> None:
+        final = disk_name(disk_id, name)
+        rbd_id = self.store.id_of(final)
+        if rbd_id is None:
+            return
+        with _rbd_look.opened(self.store.io, final) as image:
+            if _rbd_look.metadata(image, DISK) is None:
+                detail = "an image of that name is there, but nothing says that it is a root disk of this cache"
+                todo = "Remove the image by hand if it is not needed"
+                raise DiskNotFoundError(detail, disk_id=disk_id, name=name, todo=todo)
+        try:
+            self.store.patiently(lambda: self._refuse_watched(final))
+            self._take_out(rbd_id, final, why="removed")
+            self.store.patiently(lambda: _rados.trash_remove(self.store.io, rbd_id))
+        except NotThereError:  # somebody else removed it
+            return
+        except (BusyError, SnapshotsError) as err:
+            raise self._in_use(rbd_id, final, disk_id, name) from err
+
+    def _refuse_watched(self, final: str) -> None:
+        with _rbd_look.opened(self.store.io, final) as image:
+            if found := _rbd_look.snapshots(image):
+                raise SnapshotsError(f"it has the snapshots {', '.join(found)}")
+            if watchers := _rbd_look.watchers(image):
+                raise BusyError(f"it is open at {', '.join(watchers)}")
+
+    def _take_out(self, rbd_id: str, final: str, *, why: str) -> None:
+        """Move a disk to the trash, marked so that ``recover`` knows what was meant."""
+        with _rados.changing(self.store.io, image_id=rbd_id) as image:
+            _rados.set_metadata(image, GOING, json.dumps({"why": why, "at": time.time()}))
+        _rados.trash_move(self.store.io, final, 0)
+
+    def _put_back(self, rbd_id: str, final: str) -> None:
+        with suppress(NotThereError):
+            self.store.restore(rbd_id, final)
+        with suppress(NotThereError), _rados.changing(self.store.io, image_id=rbd_id) as image:
+            _rados.remove_metadata(image, GOING)
+
+    def _in_use(self, rbd_id: str, final: str, disk_id: str, name: str) -> DiskInUseError:
+        watchers: list[str] = []
+        snapshots: list[str] = []
+        with suppress(NotThereError), _rbd_look.opened_by_id(self.store.io, rbd_id) as image:
+            watchers, snapshots = _rbd_look.watchers(image), _rbd_look.snapshots(image)
+        if _rbd_look.trash_entry(self.store.io, rbd_id) is not None:
+            self._put_back(rbd_id, final)
+        reason = f"open at {', '.join(watchers)}" if watchers else f"snapshots: {', '.join(snapshots) or 'hidden ones'}"
+        todo = None if watchers else "Remove its snapshots first"
+        return DiskInUseError(
+            f"the root disk is in use ({reason})", disk_id=disk_id, name=name, stage="remove", todo=todo
+        )
+
+
+class _Changing:
+    """A root disk open for a change; what is in the way comes out as DiskNotFoundError or DiskInUseError."""
+
+    def __init__(self, disks: RbdDisks, disk_id: str, name: str) -> None:
+        self._disks = disks
+        self._names = (disk_id, name)
+        self._image: Image | None = None
+
+    def __enter__(self) -> Image:
+        disk_id, name = self._names
+        try:
+            self._image = _rados.open_for_writing(self._disks.store.io, name=disk_name(disk_id, name))
+        except NotThereError as err:
+            raise DiskNotFoundError(disk_id=disk_id, name=name) from err
+        return self._image
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        disk_id, name = self._names
+        if self._image is not None:
+            _rados.close_image(self._image)
+        if isinstance(error, BusyError):
+            raise DiskInUseError(error.detail, disk_id=disk_id, name=name) from error

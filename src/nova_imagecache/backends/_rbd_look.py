@@ -1,0 +1,199 @@
+"""Looks into a pool and changes nothing: images, snapshots, clones, the trash, metadata, extents."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC
+from typing import TYPE_CHECKING, Any
+
+from nova_imagecache.backends._rados import answers, bindings, close_image
+from nova_imagecache.backends._rados_errors import NotThereError, error_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nova_imagecache.backends._rados import Image, Ioctx
+
+_FAST_DIFF = 16  # RBD_FEATURE_FAST_DIFF
+_MAP_INVALID = 3  # RBD_FLAG_MAP_INVALID | RBD_FLAG_FAST_DIFF_INVALID
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Child:
+    """A clone, as its parent lists it. ``trash``: it lies in its pool's trash."""
+
+    pool: str
+    name: str
+    image_id: str
+    trash: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trashed:
+    """An entry of a pool's trash: the image's id and last name; POSIX seconds when it was moved there."""
+
+    image_id: str
+    name: str
+    moved_at: float
+
+
+@contextmanager
+def opened(ioctx: Ioctx, name: str, *, snapshot: str | None = None) -> Iterator[Image]:
+    """The image of that name, for reading; NotThereError if it, or the snapshot, is not there."""
+    _, rbd = bindings()
+    with answers(f"open {name}"):
+        image = rbd.Image(ioctx, name, snapshot=snapshot, read_only=True)
+    try:
+        yield image
+    finally:
+        close_image(image)
+
+
+@contextmanager
+def opened_by_id(ioctx: Ioctx, image_id: str) -> Iterator[Image]:
+    """The image of that id, for reading, also one in the trash."""
+    _, rbd = bindings()
+    with answers(f"open image id {image_id}"):
+        image = rbd.Image(ioctx, image_id=image_id, read_only=True)
+    try:
+        yield image
+    finally:
+        close_image(image)
+
+
+def names(ioctx: Ioctx) -> list[str]:
+    """The images of the pool, trash left out."""
+    _, rbd = bindings()
+    with answers("list the pool"):
+        return sorted(rbd.RBD().list(ioctx))
+
+
+def trash(ioctx: Ioctx) -> list[Trashed]:
+    """The pool's trash."""
+    _, rbd = bindings()
+    with answers("list the trash"):
+        return [_trashed(entry) for entry in rbd.RBD().trash_list(ioctx)]
+
+
+def trash_entry(ioctx: Ioctx, image_id: str) -> Trashed | None:
+    """The entry of one image id, None: it is not in the trash."""
+    _, rbd = bindings()
+    try:
+        with answers(f"look for {image_id} in the trash"):
+            return _trashed(rbd.RBD().trash_get(ioctx, image_id))
+    except NotThereError:
+        return None
+
+
+def _trashed(entry: Any) -> Trashed:
+    moved_at = entry["deletion_time"].replace(tzinfo=UTC).timestamp()
+    return Trashed(image_id=entry["id"], name=entry["name"], moved_at=moved_at)
+
+
+def metadata(image: Any, key: str) -> str | None:
+    """A value of the image's metadata."""
+    with answers(f"read metadata {key}"):
+        try:
+            value: str = image.metadata_get(key)
+        except KeyError:
+            return None
+        return value
+
+
+def snapshots(image: Any) -> list[str]:
+    """Names of the image's snapshots, those that wait for their last clone left out."""
+    with answers("list snapshots"):
+        return [snap["name"] for snap in image.list_snaps() if snap.get("namespace", 0) == 0]
+
+
+def is_protected(image: Any, snapshot: str) -> bool:
+    """Whether the snapshot is protected, as clones of format 1 need it."""
+    with answers(f"look at snapshot {snapshot}"):
+        return bool(image.is_protected_snap(snapshot))
+
+
+def children(image: Any) -> list[Child]:
+    """All clones of all the image's snapshots: formats 1 and 2, other pools, and the trash.
+
+    Raises:
+        ForbiddenError: there may be some in a pool that this user cannot see.
+    """
+    # list_children (without the 2) hides clones that lie in a trash
+    with answers("list clones"):
+        return [
+            Child(pool=child["pool"], name=child["image"], image_id=child["id"], trash=bool(child["trash"]))
+            for child in image.list_children2()
+        ]
+
+
+def parent(image: Any) -> tuple[str, str, str] | None:
+    """(pool, image id, snapshot) of what the image is a clone of, None: it stands alone."""
+    try:
+        with answers("look at the parent"):
+            return image.get_parent_image_spec()["pool_name"], image.parent_id(), image.parent_info()[2]
+    except NotThereError:
+        return None
+
+
+def watchers(image: Any) -> list[str]:
+    """Who has the image open for writing, as "client <number> at <address>"."""
+    with answers("list watchers"):
+        return [f"client {one['id']} at {one['addr']}" for one in image.watchers_list()]
+
+
+def data_extents(image: Any, *, fixed: bool) -> list[tuple[int, int]]:
+    """(offset, length) of what is allocated, a parent's included.
+
+    ``fixed``: the image is open at a snapshot, so that nobody resizes what is looked at. Only then the object map is
+    asked, in whole objects and at no cost: librbd aborts the process when an image is resized while it reads its map.
+    Otherwise each object is looked at.
+    """
+    found: list[tuple[int, int]] = []
+
+    def note(offset: int, length: int, exists: bool) -> None:
+        if exists:
+            found.append((offset, length))
+
+    with answers("list extents"):
+        whole = fixed and bool(image.features() & _FAST_DIFF) and not image.flags() & _MAP_INVALID
+        if size := image.size():
+            image.diff_iterate(0, size, None, note, include_parent=True, whole_object=whole)
+    return found
+
+
+def read(image: Any, offset: int, length: int) -> bytes:
+    """Bytes of the image."""
+    with answers("read"):
+        data: bytes = image.read(offset, length)
+        return data
+
+
+def read_object(ioctx: Any, key: str) -> bytes | None:
+    """All of a rados object, None: it is not there."""
+    data = bytearray()
+    try:
+        with answers(f"read object {key}"):
+            while piece := ioctx.read(key, _MIB, len(data)):
+                data += piece
+    except NotThereError:
+        return None
+    return bytes(data)
+
+
+def command(cluster: Any, prefix: str, **arguments: str) -> Any:
+    """The monitors' answer to a command, from JSON; a few answer in plain text whatever they are asked for.
+
+    Raises:
+        BackendError: they refuse, or do not answer.
+    """
+    with answers(prefix):
+        code, answer, words = cluster.mon_command(json.dumps({"prefix": prefix, "format": "json", **arguments}), b"")
+    if code:
+        raise error_of(-code, f"{prefix}: {words}")
+    try:
+        return json.loads(answer)
+    except ValueError:
+        return answer.decode().strip()

@@ -1,0 +1,203 @@
+"""What dead processes left in the pool, and how it is told from what live ones work on.
+
+An unfinished thing is dead when its maker gives no sign of life and nobody has it open. Ceph takes a dead client for a
+live one for ``osd_client_watch_timeout`` (30 s by default), and until then it is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from nova_imagecache.backends import BackendError, RecoveryReport, Retired, UsersUnknownError, _rados, _rbd_look
+from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError
+from nova_imagecache.backends._rbd_attach import AttachableDisks
+from nova_imagecache.backends._rbd_bases import TRASH
+from nova_imagecache.backends._rbd_owner import OWNER, STAGING
+from nova_imagecache.backends._rbd_store import DAMAGED, DELAY, FINAL, GOING, RECORD, SNAPSHOT, split_disk_name
+from nova_imagecache.exceptions import BaseInUseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nova_imagecache.backends._rbd_look import Trashed
+
+_PROMPT = 600.0
+"""Seconds within which a disk that is being removed comes to the trash; who moves it there later has another reason."""
+
+
+@dataclass(slots=True)
+class _Notes:
+    """The report in the making."""
+
+    removed: list[str] = field(default_factory=list)
+    restored: list[str] = field(default_factory=list)
+    alive: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+class RecoverableRbd(AttachableDisks):
+    """The last part of the backend: ``recover``."""
+
+    def recover(self) -> RecoveryReport:
+        notes = _Notes()
+        trash = _rbd_look.trash(self.store.io)
+        names = [name for name in _rbd_look.names(self.store.io) if name.startswith(STAGING)]
+        # disks and what is unfinished first: they are clones, which retired bases wait for
+        for entry in trash:
+            if not entry.name.startswith("base."):
+                settle = self._settle_unfinished if entry.name.startswith(STAGING) else self._settle_disk
+                self._try(f"trash/{entry.name}", notes, partial(settle, entry, notes))
+        for name in names:
+            if not name.startswith(OWNER):
+                self._try(f"staging/{name}", notes, partial(self._sweep_named, name, notes))
+        for entry in trash:
+            if entry.name.startswith("base."):
+                self._try(f"trash/{entry.name}", notes, partial(self._settle_retired, entry, notes))
+        # who has no sign of life any more has nothing unfinished any more
+        for name in names:
+            if name.startswith(OWNER):
+                self._try(f"staging/{name}", notes, partial(self._sweep_owner, name))
+        return RecoveryReport(
+            removed=tuple(notes.removed),
+            restored=tuple(notes.restored),
+            alive=tuple(notes.alive),
+            failed=notes.failed,
+        )
+
+    def _try(self, what: str, notes: _Notes, sweep: Callable[[], None]) -> None:
+        try:
+            sweep()
+        except (NotThereError, ExistsError):  # somebody else was at it
+            return
+        except BusyError:
+            notes.alive.append(what)
+        except BackendError as err:
+            if err.retryable:
+                raise
+            notes.failed[what] = str(err)  # one that cannot be swept stops no other
+
+    # --- in the trash
+
+    def _settle_unfinished(self, entry: Trashed, notes: _Notes) -> None:
+        """Something that died between its two steps of publishing: finish the second, or drop it."""
+        if self.store.owner.is_alive(entry.name) or self._watched(entry.image_id):
+            notes.alive.append(f"trash/{entry.name}")
+        elif self.store.drop(entry.image_id, entry.name, self._note(entry.image_id, FINAL)):
+            notes.removed.append(f"trash/{entry.name}")
+        else:
+            notes.restored.append(f"trash/{entry.name}")
+
+    def _settle_retired(self, entry: Trashed, notes: _Notes) -> None:
+        """A base whose removal did not come to its end: finish it, or give the name back for its users."""
+        if self._headless(entry):
+            self.store.empty(entry.image_id, entry.name)
+            notes.removed.append(f"trash/{entry.name}")
+            return
+        if self.store.id_of(entry.name) == entry.image_id:
+            # half-way into the trash or out of it; the way out is safe to finish from either
+            _rados.trash_move(self.store.io, entry.name, DELAY)
+        base = self._retired(entry)
+        if base is None:
+            return
+        try:
+            self.purge(base)
+        except BusyError:
+            # its way out of the trash died half-way: that is finished, and taken back
+            _rados.trash_restore(self.store.io, entry.image_id, entry.name)
+            _rados.trash_move(self.store.io, entry.name, DELAY)
+            self.store.empty(entry.image_id, entry.name)
+        except UsersUnknownError:
+            return
+        except BaseInUseError:
+            if self._restorable(entry):
+                self.store.restore(entry.image_id, entry.name)
+                notes.restored.append(f"trash/{entry.name}")
+            return
+        notes.removed.append(f"trash/{entry.name}")
+
+    def _retired(self, entry: Trashed) -> Retired | None:
+        image_id = entry.name.removeprefix("base.")
+        location = self.store.location(TRASH + entry.image_id, SNAPSHOT)
+        with _rbd_look.opened_by_id(self.store.io, entry.image_id) as image:
+            if _rbd_look.metadata(image, RECORD) is None:  # somebody else's
+                return None
+            base = self._base(image_id, image, location)
+        return None if base is None else Retired(base=base, token=entry.image_id)
+
+    def _restorable(self, entry: Trashed) -> bool:
+        with _rbd_look.opened_by_id(self.store.io, entry.image_id) as image:
+            whole = SNAPSHOT in _rbd_look.snapshots(image) and _rbd_look.metadata(image, DAMAGED) is None
+        return whole and self.store.id_of(entry.name) is None
+
+    def _settle_disk(self, entry: Trashed, notes: _Notes) -> None:
+        """A disk on its way out: finish that; one whose successor never came gets its place back."""
+        if split_disk_name(entry.name) is None:
+            return
+        going = self._note(entry.image_id, GOING)
+        if going is None:
+            if not self._headless(entry):
+                return  # somebody else moved it there, and may want it back
+        else:
+            values = json.loads(going)
+            if entry.moved_at - values["at"] > _PROMPT:
+                return
+            if self._watched(entry.image_id):
+                notes.alive.append(f"trash/{entry.name}")
+                return
+            named = self.store.id_of(entry.name)
+            if values["why"] == "replaced" and named in (None, entry.image_id):
+                self._put_back(entry.image_id, entry.name)
+                notes.restored.append(f"trash/{entry.name}")
+                return
+            if named == entry.image_id:
+                _rados.trash_move(self.store.io, entry.name, 0)
+        try:
+            self.store.empty(entry.image_id, entry.name)
+        except BusyError:
+            # it was on its way back, since somebody had it open
+            self._put_back(entry.image_id, entry.name)
+            notes.restored.append(f"trash/{entry.name}")
+        else:
+            notes.removed.append(f"trash/{entry.name}")
+
+    def _headless(self, entry: Trashed) -> bool:
+        """Whether nothing is left of the image but its entry: its removal had all but ended."""
+        try:
+            with _rbd_look.opened_by_id(self.store.io, entry.image_id):
+                return False
+        except NotThereError:
+            return True
+
+    # --- under a staging name
+
+    def _sweep_named(self, name: str, notes: _Notes) -> None:
+        if self.store.owner.is_alive(name) or self.store.owner.signs(name):
+            notes.alive.append(f"staging/{name}")
+            return
+        rbd_id = self.store.id_of(name)
+        final = None if rbd_id is None else self._note(rbd_id, FINAL)
+        if self.store.drop(rbd_id, name, final):
+            notes.removed.append(f"staging/{name}")
+
+    def _sweep_owner(self, name: str) -> None:
+        if not self.store.owner.is_own(name) and not self.store.owner.signs(name):
+            _rados.remove(self.store.io, name)
+
+    # --- looking
+
+    def _note(self, rbd_id: str, key: str) -> str | None:
+        try:
+            with _rbd_look.opened_by_id(self.store.io, rbd_id) as image:
+                return _rbd_look.metadata(image, key)
+        except NotThereError:
+            return None
+
+    def _watched(self, rbd_id: str) -> bool:
+        try:
+            with _rbd_look.opened_by_id(self.store.io, rbd_id) as image:
+                return bool(_rbd_look.watchers(image))
+        except NotThereError:
+            return False

@@ -1,0 +1,285 @@
+"""What is in the pool, and how a thing there becomes visible in one step or goes without a trace.
+
+::
+
+    <pool>/base.<image-id>@base              a base; its record and marks are in the image's metadata
+           <disk-id>_<name>                  a root disk; its record likewise
+           staging.<image-id>.<token><random>, staging.<disk-id>_<name>.<token><random>    unfinished
+           staging._owner.<token>            a process's sign of life
+           (trash)                           retired bases; disks on their way out; things in the middle of publishing
+
+Publishing is trash_move of the staging name, then trash_restore under the final one: of several exactly one wins, the
+others are told that the name exists, and a redo completes every half state that a crash leaves. ``rename`` does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from nova_imagecache.backends import RbdLocation, _rados, _rbd_look, _rbd_room
+from nova_imagecache.backends._rados_errors import BusyError, NotThereError, UnfinishedError
+from nova_imagecache.backends._rbd_connection import Address, Connection, hold, release
+from nova_imagecache.backends._rbd_options import FEATURES, LAYERING, RbdOptions
+from nova_imagecache.backends._rbd_owner import Owner
+from nova_imagecache.exceptions import BackendUnavailableError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nova_imagecache.backends._rados import Ioctx
+
+_T = TypeVar("_T")
+
+SNAPSHOT = "base"
+RECORD = "nova_imagecache.base"
+LAST_USED = "nova_imagecache.last-used"
+UNUSED_SINCE = "nova_imagecache.unused-since"
+DAMAGED = "nova_imagecache.damaged"
+DISK = "nova_imagecache.disk"
+FINAL = "nova_imagecache.final"
+GOING = "nova_imagecache.going"
+SUMS = "nova_imagecache.sums."
+
+DELAY = 86400
+"""Seconds for which a purge of the pool's trash by somebody else leaves alone what passes through it."""
+
+_CLAIM_SECONDS = 10
+_RESERVED = ("base.", "staging.", "trash.")
+
+
+class Store:
+    """The pool of one backend. Thread-safe; connects when first used."""
+
+    def __init__(self, options: RbdOptions, patience: float) -> None:
+        self.options = options
+        self.patience = patience
+        self._address = Address(conf=options.conf, user=options.user, timeout=options.connect_timeout)
+        self._held: Connection | None = None
+        self._features: int | None = None
+
+    @property
+    def connection(self) -> Connection:
+        """The process's connection to the cluster."""
+        if self._held is None:
+            self._held = hold(self._address)
+        return self._held
+
+    @property
+    def io(self) -> Ioctx:
+        """The pool, open."""
+        return self.connection.pool(self.options.pool)
+
+    def room(self) -> contextlib.AbstractContextManager[None]:
+        """Run a block; where writing hangs since the pool is full, that comes out as NoSpaceError."""
+        return _rbd_room.told(self.connection, self.options.pool)
+
+    @property
+    def owner(self) -> Owner:
+        """The process's sign of life in the pool."""
+        connection, pool = self.connection, self.options.pool
+        connection.pool(pool)
+        owner: Owner = connection.shared(Owner, pool, lambda: Owner(connection, pool))
+        return owner
+
+    def close(self) -> None:
+        """Give the connection back."""
+        held, self._held = self._held, None
+        if held is not None:
+            release(held)
+
+    # --- names
+
+    def location(self, name: str, snapshot: str | None = None, *, pool: str | None = None) -> RbdLocation:
+        """Where an image is, as a hypervisor needs to know it."""
+        return RbdLocation(
+            pool=pool or self.options.pool,
+            name=name,
+            snapshot=snapshot,
+            hosts=self.connection.monitors(),
+            user=self.options.user,
+            secret_uuid=self.options.secret_uuid,
+        )
+
+    # --- facts of the cluster
+
+    def features(self) -> int:
+        """Features of new images: the option's, or the cluster's default. Layering always: without it is no clone."""
+        if self._features is None:
+            bits = self.options.feature_bits
+            if bits is None:
+                told = self.connection.config("rbd_default_features")
+                words = told.split(",")
+                bits = int(told) if told.isdigit() else sum(FEATURES.get(word.strip(), 0) for word in words)
+            self._features = bits | LAYERING
+        return self._features
+
+    def clones_need_protection(self) -> bool:
+        """Whether clones made here are of format 1, whose parents must be protected."""
+        asked = self.connection.config("rbd_default_clone_format")
+        if asked in ("1", "2"):
+            return asked == "1"
+        # "auto" is format 2 once the cluster refuses clients that are older than it
+        return str(self.connection.command("osd get-require-min-compat-client")) < "mimic"
+
+    # --- finding
+
+    def id_of(self, name: str) -> str | None:
+        """The id of the image of that name, None: there is none, or half of one."""
+        try:
+            with _rbd_look.opened(self.io, name) as image:
+                return image.id()
+        except NotThereError:
+            return None
+
+    # --- changing
+
+    @contextlib.contextmanager
+    def staging(self, stem: str) -> Iterator[str]:
+        """A staging name for the time of the block. What is there by that name afterwards is for ``recover``."""
+        owner = self.owner
+        name = owner.new_name(stem)
+        try:
+            yield name
+        finally:
+            owner.done(name)
+
+    def publish(self, rbd_id: str, staging: str, final: str) -> None:
+        """Give a finished image, closed, its final name.
+
+        Raises:
+            ExistsError: somebody was first; this one is in the trash, to be dropped.
+        """
+        _rados.trash_move(self.io, staging, DELAY)
+        try:
+            _rados.trash_restore(self.io, rbd_id, final)
+        except BackendUnavailableError:
+            # it may have taken effect all the same
+            if self.id_of(final) != rbd_id:
+                raise
+
+    def take_away(self, rbd_id: str, name: str) -> None:
+        """Move the image of that id and name to the trash; exactly one of several that try does.
+
+        Raises:
+            NotThereError: the name is gone, or another image's.
+        """
+        # trash_move alone tells all of them that it worked
+        key, cookie = f"rbd_header.{rbd_id}", secrets.token_hex(8)
+        try:
+            self.patiently(lambda: _rados.claim(self.io, key, cookie, _CLAIM_SECONDS, "taking the name away"))
+            if self.id_of(name) != rbd_id:
+                raise NotThereError(f"{name} is gone, or another image")
+            _rados.trash_move(self.io, name, DELAY)
+        finally:
+            _rados.disclaim(self.io, key, cookie)
+
+    def drop(self, rbd_id: str | None, staging: str, final: str | None) -> bool:
+        """Remove an unfinished image, wherever it is; False: it had been published after all, and is whole.
+
+        What opens under the final name is never removed: ids are compared first.
+        """
+        trashed = rbd_id is not None and _rbd_look.trash_entry(self.io, rbd_id) is not None
+        if rbd_id is not None and final is not None and self.id_of(final) == rbd_id:
+            if trashed:
+                _rados.trash_restore(self.io, rbd_id, final)
+            return False
+        if rbd_id is not None and trashed:
+            if self.id_of(staging) == rbd_id:  # a move that died half-way
+                _rados.trash_move(self.io, staging, DELAY)
+            self.strip(rbd_id)
+            self._remove_trashed(rbd_id, staging)
+            return True
+        with contextlib.suppress(NotThereError):
+            if rbd_id is not None:
+                self.strip(rbd_id)
+            _rados.remove(self.io, staging)
+        return True
+
+    def _remove_trashed(self, rbd_id: str, staging: str) -> None:
+        try:
+            self.empty(rbd_id, staging)
+        except NotThereError:
+            return
+        except BusyError:
+            # in the middle of being restored: Ceph wants that finished first
+            _rados.trash_restore(self.io, rbd_id, staging)
+            _rados.remove(self.io, staging)
+
+    def empty(self, rbd_id: str, name: str) -> None:
+        """Free what an image in the trash takes, also one whose move there died half-way."""
+        try:
+            _rados.trash_remove(self.io, rbd_id)
+        except UnfinishedError:
+            self._finish_move(rbd_id, name)
+            _rados.trash_remove(self.io, rbd_id)
+
+    def restore(self, rbd_id: str, name: str) -> None:
+        """Give an image in the trash its last name back, also one whose move there died half-way."""
+        try:
+            _rados.trash_restore(self.io, rbd_id, name)
+        except BusyError:
+            self._finish_move(rbd_id, name)
+            _rados.trash_restore(self.io, rbd_id, name)
+
+    def _finish_move(self, rbd_id: str, name: str) -> None:
+        if self.id_of(name) in (None, rbd_id):  # the name is not another image's by now
+            _rados.trash_move(self.io, name, DELAY)
+
+    def strip(self, rbd_id: str) -> None:
+        """Take the image's snapshots and its checksums away; an image without a header has none.
+
+        Raises:
+            BusyError: a clone of format 1 depends on a snapshot.
+        """
+        with contextlib.suppress(NotThereError), _rados.changing(self.io, image_id=rbd_id) as image:
+            for snapshot in _rbd_look.snapshots(image):
+                if _rbd_look.is_protected(image, snapshot):
+                    _rados.unprotect(image, snapshot)
+                _rados.remove_snapshot(image, snapshot)
+        # before the image itself: so nothing is left that has no image any more
+        _rados.remove_object(self.io, SUMS + rbd_id)
+
+    def patiently(self, call: Callable[[], _T]) -> _T:
+        """What the call answers; while somebody is in its way it is made again, for ``patience`` seconds."""
+        end = time.monotonic() + self.patience
+        pause = 0.05
+        while True:
+            try:
+                return call()
+            except BusyError:
+                if time.monotonic() + pause > end:
+                    raise
+            time.sleep(pause)
+            pause = min(pause * 2, 2.0)
+
+
+def checked(value: str, what: str) -> str:
+    """An image or disk id, unless it begins like a name that is ours.
+
+    Raises:
+        InvalidRequestError: it does.
+    """
+    if value.startswith(_RESERVED):
+        todo = f"Use an id that does not begin with {', '.join(_RESERVED)}"
+        raise InvalidRequestError(f"{what} {value!r} cannot be used on RBD", stage="arguments", todo=todo)
+    return value
+
+
+def base_name(image_id: str) -> str:
+    """The name of an image's base."""
+    return f"base.{checked(image_id, 'image id')}"
+
+
+def disk_name(disk_id: str, name: str) -> str:
+    """The name of a root disk."""
+    return f"{checked(disk_id, 'disk id')}_{name}"
+
+
+def split_disk_name(image_name: str) -> tuple[str, str] | None:
+    """(disk id, name) of a root disk's name, None: it is none. A disk's own name has no underscore."""
+    disk_id, found, name = image_name.rpartition("_")
+    return (disk_id, name) if found and disk_id and name and not image_name.startswith(_RESERVED) else None

@@ -1,0 +1,175 @@
+"""A base in Ceph in the making: an image under a staging name, written with several writes in flight."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from nova_imagecache import _records
+from nova_imagecache._models import round_up
+from nova_imagecache.backends import BackendError, BaseImage, BaseRecord, BaseWriter, _rados
+from nova_imagecache.backends._rados_errors import ExistsError, error_of
+from nova_imagecache.backends._rbd_store import FINAL, LAST_USED, RECORD, SNAPSHOT, SUMS, base_name
+
+if TYPE_CHECKING:
+    from nova_imagecache.backends._rbd_bases import RbdBases
+
+_IN_FLIGHT = 16
+"""Writes at once; each is at most as long as what the core hands over, one MiB."""
+
+_STEP = 2**30
+"""Bytes by which an image of unknown length grows."""
+
+
+class RbdWriter(BaseWriter):
+    """An image ``staging.<image-id>.<random>``, kept open so that everybody sees that it is alive."""
+
+    path = None
+
+    def __init__(self, bases: RbdBases, image_id: str) -> None:
+        self._bases = bases
+        self._store = bases.store
+        self._image_id = image_id
+        self._final = base_name(image_id)
+        self._lock = threading.Lock()
+        self._settling = threading.Lock()
+        self._slots = threading.BoundedSemaphore(_IN_FLIGHT)
+        self._failure: int | None = None
+        self._size = self._room = 0
+        self._published = False
+        self._rbd_id: str | None = None
+        self._image: _rados.Image | None = None
+        self._life = ExitStack()
+        self._staging = self._life.enter_context(self._store.staging(image_id))
+        try:
+            with self._store.room():
+                _rados.create(self._store.io, self._staging, 0, self._store.features())
+                self._image = _rados.open_for_writing(self._store.io, name=self._staging)
+                self._rbd_id = self._image.id()
+        except BaseException:
+            self.discard()
+            raise
+
+    # --- bytes
+
+    def set_size(self, size: int) -> None:
+        with self._lock:
+            self._size = size
+            self._resize(size)
+
+    def _resize(self, room: int) -> None:
+        if room != self._room:
+            with self._store.room():
+                _rados.resize(self._opened(), room)
+            self._room = room
+
+    def write_at(self, offset: int, buffer: bytes | bytearray | memoryview) -> None:
+        end = offset + len(buffer)
+        with self._lock:
+            if end > self._room:
+                self._resize(end if end <= self._size else -(-end // _STEP) * _STEP)
+            self._size = max(self._size, end)
+        self._slots.acquire()
+        try:
+            self._raise_failure()
+            _rados.write(self._opened(), offset, bytes(buffer), self._written)
+        except BaseException:
+            self._slots.release()
+            raise
+
+    def _written(self, code: int) -> None:
+        # in a thread of librbd
+        if code < 0 and self._failure is None:
+            self._failure = -code
+        self._slots.release()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            with self._store.room():
+                raise error_of(self._failure, f"writing {self._staging} failed")
+
+    def _settle(self) -> None:
+        """Come back when no write is in flight."""
+        with self._settling:  # two that gather slots would wait for each other
+            for _ in range(_IN_FLIGHT):
+                self._slots.acquire()
+            for _ in range(_IN_FLIGHT):
+                self._slots.release()
+
+    def write_sums(self, sums: bytes) -> None:
+        # not in the image's metadata, which every clone begins with a copy of
+        with self._store.room():
+            _rados.put_object(self._store.io, f"{SUMS}{self._rbd_id}", sums)
+
+    def sync(self) -> None:
+        self._settle()
+        self._raise_failure()
+        with self._store.room():
+            _rados.flush(self._opened())
+
+    # --- the end
+
+    def publish(self, record: BaseRecord) -> BaseImage:
+        rbd_id = self._rbd_id
+        with self._lock:
+            # in whole sectors, so that every clone is
+            self._settle()
+            self._resize(round_up(self._size))
+        self.sync()
+        if rbd_id is None:
+            raise BackendError("the writer has been closed", image_id=self._image_id, stage="publish")
+        image = self._opened()
+        with self._store.room():
+            _rados.create_snapshot(image, SNAPSHOT)
+            if self._store.clones_need_protection():
+                _rados.protect(image, SNAPSHOT)
+            _rados.set_metadata(image, RECORD, _records.dump_base(record).decode())
+            _rados.set_metadata(image, LAST_USED, repr(time.time()))
+            _rados.set_metadata(image, FINAL, self._final)
+            self._close()
+            published = self._publish(rbd_id)
+        self.discard()
+        return published
+
+    def _publish(self, rbd_id: str) -> BaseImage:
+        trashed = False
+        for _attempt in range(3):
+            try:
+                if trashed:
+                    _rados.trash_restore(self._store.io, rbd_id, self._final)
+                else:
+                    trashed = True
+                    self._store.publish(rbd_id, self._staging, self._final)
+            except ExistsError:
+                if (winner := self._bases.find_own(self._image_id)) is not None:
+                    return winner
+                continue  # retired just now
+            if (base := self._bases.find_own(self._image_id)) is not None:
+                self._published = True
+                return base
+        detail = f"the base cannot be published: something else has the name {self._final}"
+        raise BackendError(detail, image_id=self._image_id, stage="publish", todo="Look at that image in the pool")
+
+    def _opened(self) -> _rados.Image:
+        if self._image is None:
+            raise BackendError("the writer has been closed", image_id=self._image_id, stage="writing")
+        return self._image
+
+    def _close(self) -> None:
+        image, self._image = self._image, None
+        if image is not None:
+            self._settle()
+            _rados.close_image(image)
+
+    def discard(self) -> None:
+        if self._staging == "":
+            return
+        staging, self._staging = self._staging, ""
+        with self._life:  # whatever is left is recover's from here on
+            try:
+                self._close()
+            finally:
+                if not self._published:
+                    self._store.drop(self._rbd_id or self._store.id_of(staging), staging, self._final)
