@@ -1,0 +1,273 @@
+"""libvirt: a root disk as libvirt wants it described, and the users of bases among a hypervisor's domains.
+
+The only importer of libvirt, which is loaded when it is first asked: the extra ``[libvirt]``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import time
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree as ET
+
+from nova_imagecache import _qcow2
+from nova_imagecache._ahead import attended
+from nova_imagecache._chains import KnownBases, record_of, uses
+from nova_imagecache._models import BlockLocation, DiskUser, RbdLocation
+from nova_imagecache.exceptions import DiskNotFoundError, InvalidRequestError, UsersUnknownError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from types import ModuleType
+
+    from nova_imagecache._models import BaseImage, RootDisk
+
+_log = logging.getLogger(__name__)
+
+# --- a root disk for a domain ----------------------------------------------------------------------------------------
+
+
+def disk_element(
+    disk: RootDisk,
+    *,
+    target: str = "vda",
+    bus: str = "virtio",
+    cache: str | None = "none",
+    io: str | None = None,
+    discard: str | None = None,
+    backing: Path | None = None,
+) -> ET.Element:
+    """The ``<disk>`` of a root disk for a domain's ``<devices>``. Make it anew at every start: paths are absolute.
+
+    ``cache``, ``io`` and ``discard`` are the attributes of libvirt's ``<driver>``; None: libvirt's own choice.
+    ``backing`` is where the base of a path reference lies (``get_base(...).location.path``); None: what the overlay
+    says. An overlay's base is spelled out and keeps its owner (``relabel='no'``): libvirt gives what it labels to the
+    qemu user and never back, and then the cache can no longer link it.
+
+    Raises:
+        DiskNotFoundError: an overlay's record is not there, so nobody knows the format of its base.
+        InvalidRequestError: an overlay can be read by its guest's user alone, and ``backing`` is not given.
+    """
+    element = ET.Element("disk", device="disk")
+    driver = {"name": "qemu", "type": disk.format, "cache": cache, "io": io, "discard": discard}
+    ET.SubElement(element, "driver", {name: value for name, value in driver.items() if value is not None})
+    location = disk.location
+    if isinstance(location, RbdLocation):
+        element.set("type", "network")
+        element.append(_rbd_source(location))
+    elif isinstance(location, BlockLocation):
+        element.set("type", "block")
+        ET.SubElement(element, "source", dev=str(location.path))
+    else:
+        element.set("type", "file")
+        ET.SubElement(element, "source", file=str(location.path))
+        if disk.format != "raw":
+            element.append(_backing_store(disk, location.path, backing))
+    ET.SubElement(element, "target", dev=target, bus=bus)
+    return element
+
+
+def _rbd_source(location: RbdLocation) -> ET.Element:
+    source = ET.Element("source", protocol="rbd", name=f"{location.pool}/{location.name}")
+    for address, port in location.hosts:
+        ET.SubElement(source, "host", name=address, port=str(port))
+    if location.user is not None and location.secret_uuid is not None:
+        auth = ET.SubElement(source, "auth", username=location.user)
+        ET.SubElement(auth, "secret", type="ceph", uuid=location.secret_uuid)
+    return source
+
+
+def _backing_store(disk: RootDisk, path: Path, backing: Path | None) -> ET.Element:
+    """What the overlay reads through; an empty element ends a chain, where none would make libvirt probe."""
+    file = None if disk.reference == "none" else _backing_file(disk, path, backing)
+    store = ET.Element("backingStore")
+    if file is None:
+        return store
+    record = record_of(path)
+    if record is None:
+        todo = "Bring its record along, beside the disk"
+        raise DiskNotFoundError("the disk has no record", disk_id=disk.disk_id, name=disk.name, todo=todo)
+    store.set("type", "file")
+    ET.SubElement(store, "format", type=record.base_format)
+    source = ET.SubElement(store, "source", file=str(file))
+    ET.SubElement(source, "seclabel", model="dac", relabel="no")
+    ET.SubElement(store, "backingStore")
+    return store
+
+
+def _backing_file(disk: RootDisk, path: Path, backing: Path | None) -> Path | None:
+    """Where the overlay's base is, None: the overlay needs none any more, since libvirt's blockPull took it in."""
+    named = None
+    try:
+        with path.open("rb", buffering=0) as header:
+            named = _qcow2.read_backing_name(header)
+    except PermissionError:  # libvirt gives a disk to the guest's user, and not always back
+        _log.info("%s cannot be read: its record says reference %s", path, disk.reference)
+    if named == "":
+        return None
+    if disk.reference == "link":
+        return path.with_name(f"{path.name}.base")
+    if backing is None and named is None:
+        todo = "Give backing=, the path of the image's base"
+        raise InvalidRequestError("the overlay is not readable", disk_id=disk.disk_id, name=disk.name, todo=todo)
+    return backing or Path(str(named))
+
+
+# --- the users among the domains -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Disk:
+    """A disk of a domain: the file on top, the layers below it that libvirt knows, and whether headers know more."""
+
+    domain: str
+    layers: tuple[Path, ...]
+    probe: bool
+
+
+class LibvirtDomains:
+    """The disks of a hypervisor's domains: whole live chains of the running ones, and what the definitions name.
+
+    ``connection`` is a URI, opened read-only for each look and closed after it, or a function that gives a connection
+    which stays its owner's. No event loop is needed. libvirt asks every running qemu, and waits for one that hangs:
+    after ``timeout`` seconds that is doubt, and the waiting is left to a thread. A look costs two calls, one for each
+    persistent domain, and a stat for each layer of each disk. Bases are known by device and inode, and by path.
+    """
+
+    name = "libvirt"
+
+    def __init__(self, connection: str | Callable[[], Any] = "qemu:///system", *, timeout: float = 30.0) -> None:
+        self._connection = connection
+        self._timeout = timeout
+
+    def __repr__(self) -> str:
+        where = self._connection if isinstance(self._connection, str) else "its own connection"
+        return f"<LibvirtDomains at {where}>"
+
+    def find(self, bases: Sequence[BaseImage]) -> Iterator[DiskUser]:
+        """The users of these bases among the domains' disks.
+
+        Raises:
+            UsersUnknownError: libvirt cannot be asked, or a disk cannot be read and nothing says what it uses.
+        """
+        known = KnownBases(bases)
+        told: set[Path] = set()
+        seen: set[tuple[str, Path]] = set()
+        for disk in self._disks():
+            for image_id, certain in _uses(disk, known, told):
+                top = disk.layers[0]
+                if (image_id, top) in seen:  # it runs, and is defined to
+                    continue
+                seen.add((image_id, top))
+                yield DiskUser(
+                    image_id=image_id,
+                    known_by=self.name,
+                    disk_id=top.parent.name,
+                    name=top.name,
+                    detail=f"{top} of domain {disk.domain}",
+                    certain=certain,
+                )
+            told.add(disk.layers[0])
+
+    def _disks(self) -> list[_Disk]:
+        """The disks of all domains, those of running ones first. A second try finds a libvirtd that was restarted."""
+        libvirt = _load()
+        deadline = time.monotonic() + self._timeout
+
+        def check() -> None:
+            if time.monotonic() > deadline:
+                raise UsersUnknownError(f"libvirt does not answer within {self._timeout:.0f} s", stage="users")
+
+        try:
+            return attended(lambda: self._look(libvirt), check)
+        except libvirt.libvirtError as err:
+            _log.info("libvirt is asked again: %s", err)
+        try:
+            return attended(lambda: self._look(libvirt), check)
+        except libvirt.libvirtError as err:
+            raise UsersUnknownError(f"libvirt cannot be asked: {err}", stage="users") from err
+
+    def _look(self, libvirt: ModuleType) -> list[_Disk]:
+        with self._connected(libvirt) as connection:
+            # in this order: a domain that starts or stops meanwhile is in one of the two answers, or in both
+            defined = list(_defined(libvirt, connection))
+            stats = connection.getAllDomainStats(
+                libvirt.VIR_DOMAIN_STATS_BLOCK,
+                libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
+                | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_BACKING
+                | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT,
+            )
+            return [disk for domain, figures in stats for disk in _running(domain.name(), figures)] + defined
+
+    @contextmanager
+    def _connected(self, libvirt: ModuleType) -> Iterator[Any]:
+        if isinstance(self._connection, str):
+            manager: Any = closing(libvirt.openReadOnly(self._connection))
+        else:
+            manager = nullcontext(self._connection())
+        with manager as connection:
+            yield connection
+
+
+def _load() -> ModuleType:
+    try:
+        return importlib.import_module("libvirt")  # it ships no types
+    except ImportError as err:
+        todo = "Install nova-imagecache[libvirt]; it compiles against Debian's libvirt-dev, by pkg-config"
+        raise UsersUnknownError(f"libvirt-python cannot be imported: {err}", stage="users", todo=todo) from err
+
+
+def _running(domain: str, figures: Mapping[str, Any]) -> Iterator[_Disk]:
+    """The live chains: figures count layers, and layers of one disk follow each other under one name."""
+    chains: dict[str, list[Path]] = {}
+    for number in range(figures.get("block.count", 0)):
+        path = figures.get(f"block.{number}.path")
+        if path is not None:  # else it is on a network, or an empty drive
+            chains.setdefault(figures[f"block.{number}.name"], []).append(Path(path))
+    for layers in chains.values():
+        yield _Disk(domain=domain, layers=tuple(layers), probe=False)
+
+
+def _defined(libvirt: ModuleType, connection: Any) -> Iterator[_Disk]:
+    """The disks that persistent domains start with next time."""
+    for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_PERSISTENT):
+        try:
+            xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        except libvirt.libvirtError as err:
+            if err.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:  # undefined meanwhile
+                continue
+            raise
+        for disk in ET.fromstring(xml).iterfind("./devices/disk"):  # noqa: S314 - libvirtd's words
+            driver = disk.find("driver")
+            layers = [path for source in disk.iter("source") if (path := _source(connection, source)) is not None]
+            if layers:
+                # a raw disk's header is its guest's word
+                probe = driver is None or driver.get("type") != "raw"
+                yield _Disk(domain=domain.name(), layers=tuple(layers), probe=probe)
+
+
+def _source(connection: Any, source: ET.Element) -> Path | None:
+    """The file or device of a ``<source>``, None: it is elsewhere."""
+    if (path := source.get("file") or source.get("dev")) is not None:
+        return Path(path)
+    if (volume := source.get("volume")) is not None:
+        pool = connection.storagePoolLookupByName(source.get("pool"))
+        return Path(pool.storageVolLookupByName(volume).path())
+    return None
+
+
+def _uses(disk: _Disk, known: KnownBases, told: set[Path]) -> Iterator[tuple[str, bool]]:
+    """The images that a disk depends on, each once, and whether that is certain."""
+    found: dict[str, bool] = {}
+    for layer in disk.layers:
+        if (image_id := known.at(layer)) is not None:
+            found[image_id] = True
+    # of a running domain libvirt's word is whole, and its disk may be its qemu's alone
+    if disk.probe and disk.layers[0] not in told:
+        for image_id, certain in uses(disk.layers[0], known):
+            found.setdefault(image_id, certain)
+    yield from found.items()
