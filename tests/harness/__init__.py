@@ -1,0 +1,1 @@
+"""What the crash, concurrency and whole-job tests share: images with known bytes, caches, children, invariants."""

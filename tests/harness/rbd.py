@@ -1,0 +1,148 @@
+"""The backend ``rbd`` in tests: a pool that is emptied, images as others open them, processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nova_imagecache.backends import BackendPaths
+from nova_imagecache.backends.rbd import RbdBackend
+from services.ceph import CephCluster
+from services.ceph_bindings import bindings
+
+
+def options(cluster: CephCluster, **changes: Any) -> dict[str, Any]:
+    """Options of the backend for this cluster, as the user nova."""
+    return {"conf": str(cluster.conf), "user": "nova", "pool": "vms", "connect_timeout": 5, **changes}
+
+
+def make_backend(cluster: CephCluster, directory: Path, **changes: Any) -> RbdBackend:
+    """The backend over the cluster; its files are below ``directory``."""
+    return RbdBackend(options(cluster, **changes), BackendPaths(root=directory / "root", disks_dir=directory / "disks"))
+
+
+@contextlib.contextmanager
+def opened(cluster: CephCluster, name: str, pool: str = "vms", *, read_only: bool = True) -> Iterator[Any]:
+    """An image, as somebody else's client has it open."""
+    _, rbd = bindings()
+    with cluster.pool(pool) as ioctx, rbd.Image(ioctx, name, read_only=read_only) as image:
+        yield image
+
+
+def names(cluster: CephCluster, pool: str = "vms") -> list[str]:
+    """Everything in the pool: images, and the trash as ``trash/<name>``; signs of life left out."""
+    _, rbd = bindings()
+    with cluster.pool(pool) as ioctx:
+        found = [name for name in rbd.RBD().list(ioctx) if not name.startswith("staging._owner.")]
+        return sorted([*found, *(f"trash/{entry['name']}" for entry in rbd.RBD().trash_list(ioctx))])
+
+
+def claims(cluster: CephCluster, pool: str = "vms") -> list[str]:
+    """The objects by which the right to bring an image in is held, or was when its holder died."""
+    with cluster.pool(pool) as ioctx:
+        return sorted(one.key for one in ioctx.list_objects() if one.key.startswith("claim."))
+
+
+def _end_claims(cluster: CephCluster, pool: str) -> None:
+    rados, _ = bindings()
+    for key in claims(cluster, pool):
+        with cluster.pool(pool) as ioctx, contextlib.suppress(rados.ObjectNotFound):
+            ioctx.remove_object(key)
+
+
+def empty(cluster: CephCluster, pool: str = "vms") -> None:
+    """Remove every image of the pool, clones before their parents; and the clients and claims of the dead."""
+    _, rbd = bindings()
+    _end_claims(cluster, pool)
+    deadline = time.monotonic() + 30
+    with cluster.pool(pool) as ioctx:
+        while left := _remove_all(rbd, ioctx):
+            assert time.monotonic() < deadline, f"{left} cannot be removed"
+            time.sleep(0.1)
+
+
+def _remove_all(rbd: Any, ioctx: Any) -> list[str]:
+    failed = []
+    for name in rbd.RBD().list(ioctx):
+        try:
+            with rbd.Image(ioctx, name) as image:
+                _strip(image)
+            rbd.RBD().remove(ioctx, name)
+        except rbd.ImageNotFound:
+            continue
+        except (rbd.ImageBusy, rbd.ImageHasSnapshots):
+            if not name.startswith("staging._owner."):  # a backend that a failed test did not close
+                failed.append(name)
+    for entry in rbd.RBD().trash_list(ioctx):
+        try:
+            with contextlib.suppress(rbd.ImageNotFound), rbd.Image(ioctx, image_id=entry["id"]) as image:
+                _strip(image)
+            rbd.RBD().trash_remove(ioctx, entry["id"], True)
+        except rbd.ImageNotFound:
+            continue
+        except (rbd.ImageBusy, rbd.ImageHasSnapshots):
+            failed.append(entry["name"])
+    return failed
+
+
+def _strip(image: Any) -> None:
+    for snapshot in image.list_snaps():
+        if snapshot["namespace"] == 0:
+            if image.is_protected_snap(snapshot["name"]):
+                image.unprotect_snap(snapshot["name"])
+            image.remove_snap(snapshot["name"])
+
+
+def watchers(cluster: CephCluster, pool: str = "vms") -> set[str]:
+    """The addresses of the clients that have an image of the pool open for writing."""
+    _, rbd = bindings()
+    found = set()
+    with cluster.pool(pool) as ioctx:
+        opening = [{"name": name} for name in rbd.RBD().list(ioctx)]
+        opening += [{"image_id": entry["id"]} for entry in rbd.RBD().trash_list(ioctx)]
+        for which in opening:
+            with (
+                contextlib.suppress(rbd.ImageNotFound),
+                rbd.Image(ioctx, which.get("name"), image_id=which.get("image_id"), read_only=True) as image,
+            ):
+                found |= {watcher["addr"] for watcher in image.watchers_list()}
+    return found
+
+
+def bury(cluster: CephCluster, living: set[str]) -> None:
+    """Let the cluster know that clients are dead whose watches it would keep for seconds, all but the ``living``.
+
+    Claims end as well: a dead one's would for some seconds keep its image from being brought in.
+    """
+    _end_claims(cluster, "vms")
+    while dead := watchers(cluster) - living:
+        for address in dead:
+            cluster.command("osd blocklist", blocklistop="add", addr=address, expire=60.0)
+        time.sleep(0.01)
+
+
+def spawn(code: str, *arguments: object, timeout: float = 60) -> int:
+    """The exit code of a Python process of its own that runs ``code``; librbd does not survive a fork."""
+    command = [sys.executable, "-c", code, *(str(argument) for argument in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode in (0, -signal.SIGKILL), f"the child ended with {done.returncode}: {done.stderr}"
+    return done.returncode
+
+
+def spec(cluster: CephCluster, directory: Path, **changes: Any) -> str:
+    """What a spawned process needs to make the same backend."""
+    return json.dumps({"options": options(cluster, **changes), "directory": str(directory)})
+
+
+def from_spec(text: str) -> RbdBackend:
+    """The backend of ``spec``."""
+    values = json.loads(text)
+    directory = Path(values["directory"])
+    return RbdBackend(values["options"], BackendPaths(root=directory / "root", disks_dir=directory / "disks"))

@@ -1,0 +1,289 @@
+"""What goes wrong with a Ceph is a typed error within its time, leaves no half image, and is over when Ceph is back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from harness import rbd as pool
+from harness.images import raw
+from nova_imagecache import CacheConfig, ImageCache, NoSpaceError, UsersUnknownError
+from nova_imagecache.backends import BackendPaths, BaseWriter
+from nova_imagecache.backends._rados_errors import ForbiddenError, ForkedError, NoPoolError
+from nova_imagecache.backends.rbd import RbdBackend
+from nova_imagecache.exceptions import BackendError, BackendUnavailableError, ImageCacheError
+from nova_imagecache.testing import FakeImage, FakeSource
+from services.ceph import CephCluster
+from services.ceph_bindings import bindings
+
+pytestmark = pytest.mark.services
+
+MIB = 2**20
+TIMEOUT = 1
+IMAGE = raw("outage", 4 * MIB)
+
+
+@pytest.fixture(autouse=True)
+def _empty(ceph: CephCluster) -> Iterator[None]:
+    pool.empty(ceph)
+    yield
+    pool.empty(ceph)
+
+
+@contextlib.contextmanager
+def cache_over(ceph: CephCluster, directory: Path, **changes: object) -> Iterator[ImageCache]:
+    changes = {"connect_timeout": TIMEOUT, **changes}
+    source = FakeSource({"img": IMAGE.fake, "other": raw("other", 4 * MIB).fake})
+    config = CacheConfig(root=directory / "root", disks_dir=directory / "disks", backend="rbd")
+    with ImageCache(config, source=source, backend=pool.make_backend(ceph, directory, **changes)) as cache:
+        yield cache
+
+
+def takes(seconds: float, call: Callable[[], object]) -> None:
+    """The call ends with BackendUnavailableError before that."""
+    start = time.monotonic()
+    with pytest.raises(BackendUnavailableError) as caught:
+        call()
+    assert time.monotonic() - start < seconds
+    assert caught.value.retryable
+    assert caught.value.exit_code == 75
+
+
+def test_wrong_surroundings_are_told_apart(ceph: CephCluster, tmp_path: Path) -> None:
+    """No conf, no keyring, a wrong key, no pool, a user without capabilities: each says what to correct."""
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    keyring = wrong / "ceph.client.nova.keyring"
+    keyring.write_text(f"[client.nova]\n\tkey = {ceph.key('glance')}\n")
+    text = ceph.conf.read_text()
+    (wrong / "key.conf").write_text(text.replace("keyring = ", "keyring = /nowhere/", 1))
+    bad_key = text.replace(f"{ceph.dir}/$cluster.$name.keyring", str(keyring))
+    assert bad_key != text
+    (wrong / "bad-key.conf").write_text(bad_key)
+    ceph.create_user("poor", mon="profile rbd", osd="profile rbd pool=images")
+    cases: list[tuple[dict[str, str], type[ImageCacheError], str]] = [
+        ({"conf": "/nowhere/ceph.conf"}, BackendError, "backend_options.conf"),
+        ({"user": "nobody-knows"}, BackendError, "backend_options.conf and user"),
+        ({"conf": str(wrong / "bad-key.conf")}, ForbiddenError, "keyring"),
+        ({"pool": "nopool"}, NoPoolError, "backend_options.pool"),
+        ({"user": "poor"}, ForbiddenError, "capabilities"),
+    ]
+    for changes, kind, words in cases:
+        with cache_over(ceph, tmp_path, **changes) as cache:
+            with pytest.raises(kind, match=words):
+                cache.create_root_disk("img", "vm")
+            assert not cache.check().ok
+    with cache_over(ceph, tmp_path) as cache:
+        assert [fact.name for fact in cache.check().problems] == ["secret_uuid"]
+        cache.create_root_disk("img", "vm")
+
+
+def test_no_permission_on_images(ceph: CephCluster, tmp_path: Path) -> None:
+    """A location in a pool that the user cannot read is passed by; clones in such a pool make the users unknown."""
+    _, rbd = bindings()
+    with ceph.pool("images", "glance") as ioctx:
+        rbd.RBD().create(ioctx, "hidden", MIB)
+        with rbd.Image(ioctx, "hidden") as image:
+            image.create_snap("snap")
+    ceph.create_user("narrow", mon="profile rbd", osd="profile rbd pool=vms")
+    source = FakeSource({"img": FakeImage(data=IMAGE.served, locations=(f"rbd://{ceph.fsid}/images/hidden/snap",))})
+    config = CacheConfig(root=tmp_path / "root", disks_dir=tmp_path / "disks", backend="rbd")
+    backend = pool.make_backend(ceph, tmp_path, user="narrow")
+    with ImageCache(config, source=source, backend=backend) as cache:
+        assert cache.ensure_base("img").managed
+        with ceph.client() as client, client.open_ioctx("vms") as vms, client.open_ioctx("images") as images:
+            rbd.RBD().clone(vms, "base.img", "base", images, "elsewhere")
+            with pytest.raises(UsersUnknownError):
+                cache.users("img")
+            with pytest.raises(UsersUnknownError):
+                cache.remove_base("img")
+            assert cache.cleanup(cache.plan_cleanup(max_idle=0)).removed == ()
+            rbd.RBD().remove(images, "elsewhere")
+        cache.remove_base("img")
+    pool.empty(ceph, "images")
+
+
+def test_a_paused_osd(ceph: CephCluster, tmp_path: Path) -> None:
+    """Every call ends in time; afterwards the same connection works, and recover leaves nothing half-made."""
+    with cache_over(ceph, tmp_path) as cache:
+        cache.create_root_disk("img", "vm")
+        ceph.pause_osd()
+        try:
+            takes(8 * TIMEOUT, lambda: cache.create_root_disk("img", "vm-2"))
+            takes(8 * TIMEOUT, lambda: cache.ensure_base("other"))
+            takes(8 * TIMEOUT, lambda: cache.remove_root_disk("vm"))
+            takes(8 * TIMEOUT, lambda: list(cache.bases()))
+        finally:
+            ceph.resume_osd()
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                cache.create_root_disk("img", "vm-2")
+                break
+            except BackendUnavailableError:
+                assert time.monotonic() < deadline
+        cache.ensure_base("other")
+        assert cache.recover().failed == {}
+        assert pool.names(ceph) == ["base.img", "base.other", "vm-2_disk", "vm_disk"]
+
+
+def test_an_osd_that_pauses_in_the_middle_of_an_import(ceph: CephCluster, tmp_path: Path) -> None:
+    """The import ends in time, and what it had written goes with recover once Ceph answers again."""
+    backend = pool.make_backend(ceph, tmp_path, connect_timeout=TIMEOUT)
+    writer = backend.stage_base("img", "raw")
+    writer.set_size(8 * MIB)
+    writer.write_at(0, b"a" * MIB)
+    writer.sync()
+    ceph.pause_osd()
+    try:
+        writer.write_at(MIB, b"b" * MIB)
+        takes(4 * TIMEOUT, writer.sync)
+        start = time.monotonic()
+        with contextlib.suppress(BackendUnavailableError):
+            writer.discard()
+        assert time.monotonic() - start < 12 * TIMEOUT
+    finally:
+        ceph.resume_osd()
+    deadline = time.monotonic() + 30
+    while pool.names(ceph):
+        with contextlib.suppress(BackendUnavailableError):
+            assert backend.recover().failed == {}
+        assert time.monotonic() < deadline, pool.names(ceph)
+        time.sleep(0.2)
+    backend.close()
+
+
+def test_a_cluster_that_is_down(tmp_path: Path, ceph: CephCluster) -> None:
+    """Nobody at the monitors' address: an error in time, for many threads at once as for one."""
+    conf = tmp_path / "ceph.conf"
+    lines = ceph.conf.read_text().splitlines()
+    conf.write_text(
+        "\n".join("mon host = [v2:127.0.0.1:1,v1:127.0.0.1:2]" if "mon host" in x else x for x in lines) + "\n"
+    )
+    backend = pool.make_backend(ceph, tmp_path, conf=str(conf), connect_timeout=TIMEOUT)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: takes(3 * TIMEOUT, lambda: backend.find_base("img")), range(8)))
+    takes(3 * TIMEOUT, lambda: backend.find_base("img"))
+    assert [fact.name for fact in backend.check() if fact.problem] == ["cluster"]
+    backend.close()
+
+
+def test_a_pool_that_is_deleted_and_made_again(ceph: CephCluster, tmp_path: Path) -> None:
+    """While it is gone that is what errors say; the new one is used without a restart."""
+    ceph.create_pool("short-lived")
+    ceph.create_user("guest", mon="profile rbd", osd="profile rbd pool=short-lived")
+    with cache_over(ceph, tmp_path, pool="short-lived", user="guest") as cache:
+        cache.create_root_disk("img", "vm")
+        ceph.delete_pool("short-lived")
+        with pytest.raises(BackendError):
+            cache.create_root_disk("img", "vm-2")
+        ceph.create_pool("short-lived")
+        disk = cache.create_root_disk("img", "vm-2")
+        with pool.opened(ceph, "vm-2_disk", "short-lived") as image:
+            assert image.read(0, disk.virtual_size) == IMAGE.guest
+    ceph.delete_pool("short-lived")
+
+
+def test_a_full_pool(ceph: CephCluster, tmp_path: Path) -> None:
+    """A quota is room that is not there: before a byte is fetched, and when it is reached in the middle."""
+    ceph.create_pool("small")
+    ceph.create_user("squeezed", mon="profile rbd", osd="profile rbd pool=small")
+    ceph.set_quota("small", 2 * MIB)
+    with cache_over(ceph, tmp_path, pool="small", user="squeezed") as cache:
+        with pytest.raises(NoSpaceError):
+            cache.ensure_base("img")
+        backend = pool.make_backend(ceph, tmp_path, pool="small", user="squeezed", connect_timeout=2)
+        writer = backend.stage_base("img", "raw")
+        writer.set_size(64 * MIB)
+        with pytest.raises(NoSpaceError):
+            _fill(writer)
+        ceph.set_quota("small", 0)
+        _until_writable(writer.discard)
+        assert pool.names(ceph, "small") == []
+        backend.close()
+        _until_writable(lambda: cache.ensure_base("img"))
+    ceph.delete_pool("small")
+
+
+def _fill(writer: BaseWriter) -> None:
+    # the monitor notices some seconds after the write
+    for number in range(64):
+        writer.write_at(number * MIB, b"x" * MIB)
+        writer.sync()
+        time.sleep(0.3)
+
+
+def _until_writable(call: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            call()
+        except (BackendUnavailableError, NoSpaceError):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        else:
+            return
+
+
+def test_a_blocklisted_client_connects_anew(ceph: CephCluster, tmp_path: Path) -> None:
+    """A client that the cluster has thrown out fails once, and the next call goes over a new connection."""
+    with cache_over(ceph, tmp_path) as cache:
+        cache.create_root_disk("img", "vm")
+        for address in pool.watchers(ceph):
+            ceph.command("osd blocklist", blocklistop="add", addr=address, expire=60.0)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                cache.create_root_disk("img", f"vm-{time.monotonic()}")
+            except BackendUnavailableError:
+                break
+            assert time.monotonic() < deadline
+        cache.create_root_disk("img", "vm-new")
+
+
+def test_a_restart_of_the_whole_cluster(ceph_bluestore: CephCluster, tmp_path: Path) -> None:
+    """Stopped, then killed: calls end in time, and go on when the cluster is back, with all that was there."""
+    cluster = ceph_bluestore
+    pool.empty(cluster)
+    with cache_over(cluster, tmp_path, connect_timeout=2) as cache:
+        disk = cache.create_root_disk("img", "vm")
+        for end in (cluster.stop, cluster.kill):
+            end()
+            takes(20, lambda: cache.create_root_disk("img", "vm-2"))
+            cluster.start()
+            _until_writable(lambda: cache.get_root_disk("vm"))
+            assert cache.get_root_disk("vm") == disk
+            _until_writable(lambda: cache.create_root_disk("img", "vm-2"))
+            _until_writable(lambda: cache.remove_root_disk("vm-2"))
+        cache.verify_base("img")
+    pool.empty(cluster)
+
+
+def test_a_forked_child_is_refused(ceph: CephCluster, tmp_path: Path) -> None:
+    """A child that was forked after the first use gets an error at once, from old and new backends; it never hangs."""
+    backend = pool.make_backend(ceph, tmp_path)
+    backend.find_base("img")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        answers = []
+        for one in (backend, RbdBackend(pool.options(ceph), BackendPaths(root=tmp_path, disks_dir=tmp_path))):
+            try:
+                one.find_base("img")
+            except ForkedError as err:
+                answers.append("spawn" in str(err))
+        backend.close()
+        os.write(writing, repr(answers).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        assert pipe.read() == b"[True, True]"
+    os.waitpid(child, 0)
+    assert backend.find_base("img") is None
+    backend.close()

@@ -1,0 +1,1 @@
+"""Real services, and one imitation, for tests and demonstrations; all on 127.0.0.1."""

@@ -1,0 +1,239 @@
+"""Entries: what a live process holds stays, what a dead one left goes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from nova_imagecache import _entries, _fs
+from nova_imagecache.testing import FaultPlan
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def holder() -> Iterator[Callable[[Path], BaseProcess]]:
+    """Starts a process that makes an entry below a directory, holds it, and says so."""
+    started: list[BaseProcess] = []
+
+    def start(parent: Path) -> BaseProcess:
+        ready = FORK.Event()
+
+        def work() -> None:
+            entry = _entries.new_entry(parent, "img", 0o700)
+            (entry.path / "half").write_bytes(b"x")
+            ready.set()
+            time.sleep(60)
+
+        process = FORK.Process(target=work)
+        process.start()
+        started.append(process)
+        assert ready.wait(20)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def test_a_new_entry_is_held_and_named_after_its_stem(tmp_path: Path) -> None:
+    """Stem, dot, sixteen random digits; exactly the mode."""
+    entry = _entries.new_entry(tmp_path, "img", 0o711)
+    stem, _, suffix = entry.path.name.rpartition(".")
+    assert (stem, len(suffix)) == ("img", 16)
+    assert entry.path.stat().st_mode & 0o777 == 0o711
+    assert _entries.hold(entry.path, wait=False) is None
+    entry.release()
+    entry.release()
+    again = _entries.hold(entry.path, wait=False)
+    assert again is not None
+    again.release()
+
+
+def test_what_is_no_directory_cannot_be_held(tmp_path: Path) -> None:
+    """Nor what a symbolic link points to."""
+    (tmp_path / "file").touch()
+    assert _entries.hold(tmp_path / "none", wait=False) is None
+    assert _entries.hold(tmp_path / "file", wait=False) is None
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert _entries.hold(tmp_path / "link", wait=False) is None
+
+
+def test_holds_live_while_their_process_does(tmp_path: Path, holder: Callable[[Path], BaseProcess]) -> None:
+    """Kill -9 frees them: the kernel does, nobody else could."""
+    process = holder(tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert _entries.sweep(tmp_path) == ([], [path.name])
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert _entries.sweep(tmp_path) == ([path.name], [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_takes_the_dead_and_leaves_the_living(tmp_path: Path, holder: Callable[[Path], BaseProcess]) -> None:
+    """Entries of this process live as well."""
+    holder(tmp_path)
+    alive = {path.name for path in tmp_path.iterdir()}
+    mine = _entries.new_entry(tmp_path, "mine", 0o700)
+    (tmp_path / "dead.0123456789abcdef" / "deep").mkdir(parents=True)
+    (tmp_path / "dead.0123456789abcdef" / "deep" / "file").touch()
+    removed, left = _entries.sweep(tmp_path)
+    assert removed == ["dead.0123456789abcdef"]
+    assert set(left) == alive | {mine.path.name}
+    mine.release()
+
+
+def test_a_sweep_of_nothing_is_fine(tmp_path: Path) -> None:
+    """No such directory, or an empty one; a stray file is not an entry."""
+    assert _entries.sweep(tmp_path / "none") == ([], [])
+    (tmp_path / "file").touch()
+    assert _entries.sweep(tmp_path) == ([], [])
+    assert (tmp_path / "file").exists()
+
+
+def test_a_hold_waits_for_the_one_before(tmp_path: Path) -> None:
+    """And gets the directory when it is free."""
+    first = _entries.hold(tmp_path, wait=True)
+    assert first is not None
+    got: list[_entries.Held | None] = []
+    thread = threading.Thread(target=lambda: got.append(_entries.hold(tmp_path, wait=True)))
+    thread.start()
+    time.sleep(0.1)
+    assert got == []
+    first.release()
+    thread.join(10)
+    assert got[0] is not None
+    got[0].release()
+
+
+def test_a_directory_removed_while_one_waits_is_not_held(tmp_path: Path) -> None:
+    """The waiter looks again by name: gone is gone, made anew is the new one."""
+    path = tmp_path / "vm"
+    path.mkdir()
+    first = _entries.hold(path, wait=True)
+    assert first is not None
+    got: list[_entries.Held | None] = []
+    thread = threading.Thread(target=lambda: got.append(_entries.hold(path, wait=True)))
+    thread.start()
+    time.sleep(0.1)
+    path.rmdir()
+    first.release()
+    thread.join(10)
+    assert got == [None]
+
+
+def test_a_held_block_makes_its_directory_again(tmp_path: Path) -> None:
+    """Whoever removed it between two steps is followed by a new one."""
+    path = tmp_path / "vm"
+    path.mkdir()
+    first = _entries.hold(path, wait=True)
+    assert first is not None
+    inside, leave = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with _entries.held(path):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(0.1)
+    path.rmdir()
+    first.release()
+    assert inside.wait(10)
+    assert path.is_dir()
+    assert _entries.hold(path, wait=False) is None
+    leave.set()
+    thread.join(10)
+
+
+def test_names_are_sorted_and_none_where_nothing_is(tmp_path: Path) -> None:
+    """A directory that is not there yet has no entries."""
+    for name in ("b", "a", ".c"):
+        (tmp_path / name).touch()
+    assert _entries.names(tmp_path) == [".c", "a", "b"]
+    assert _entries.names(tmp_path / "none") == []
+    assert _entries.names(tmp_path / "a") == []
+
+
+def test_a_replaced_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    """A reader beside many writers never sees another content, nor none."""
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    path = tmp_path / "file"
+    contents = [bytes([n]) * 5000 for n in range(65, 70)]
+    _entries.replace_file(path, contents[0], 0o644, staging=staging)
+    stop = threading.Event()
+    seen: set[bytes] = set()
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.add(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(10):
+        for content in contents:
+            _entries.replace_file(path, content, 0o644, staging=staging)
+    stop.set()
+    reader.join(10)
+    assert seen <= set(contents)
+    assert list(staging.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["fs.create", "fs.write", "fs.fsync", "fs.rename"])
+def test_a_replacement_that_fails_leaves_the_old_file(tmp_path: Path, step: str) -> None:
+    """And nothing in staging."""
+    (tmp_path / "staging").mkdir()
+    (tmp_path / "file").write_text("old")
+    with FaultPlan().fail(step), pytest.raises(OSError, match="fault"):
+        _entries.replace_file(tmp_path / "file", b"new", 0o644, staging=tmp_path / "staging")
+    assert (tmp_path / "file").read_text() == "old"
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+def test_a_replacement_that_dies_leaves_what_a_sweep_finds(tmp_path: Path) -> None:
+    """Kill -9 before the rename: the old file, and an entry that nobody holds."""
+    (tmp_path / "staging").mkdir()
+    (tmp_path / "file").write_text("old")
+
+    def work() -> None:
+        with FaultPlan().kill("fs.rename"):
+            _entries.replace_file(tmp_path / "file", b"new", 0o644, staging=tmp_path / "staging")
+
+    process = FORK.Process(target=work)
+    process.start()
+    process.join(20)
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "file").read_text() == "old"
+    removed, alive = _entries.sweep(tmp_path / "staging")
+    assert (len(removed), alive) == (1, [])
+
+
+def test_a_new_entry_survives_a_sweeper_that_looks_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The empty directory is swept before it could be held: another is made."""
+    original = _fs.mkdir
+    swept: list[str] = []
+
+    def mkdir(path: Path, mode: int) -> None:
+        original(path, mode)
+        if not swept:
+            swept.extend(_entries.sweep(path.parent)[0])
+
+    monkeypatch.setattr(_fs, "mkdir", mkdir)
+    entry = _entries.new_entry(tmp_path, "img", 0o700)
+    assert swept
+    assert entry.path.is_dir()
+    assert entry.path.name not in swept
+    entry.release()

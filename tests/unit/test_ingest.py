@@ -1,0 +1,519 @@
+"""From a source to a base: whole, verified, sparse, in bounded memory; or refused with nothing published."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nova_imagecache import _fs
+from nova_imagecache._guard import GuardedSource
+from nova_imagecache._ingest import Ingest, Request, admit_metadata, base_format
+from nova_imagecache._inspect import INSPECTOR_VERSION
+from nova_imagecache._models import BaseRecord, Digest, ImageInfo, round_up
+from nova_imagecache._watch import Watch
+from nova_imagecache.backends import BackendPaths, BaseWriter
+from nova_imagecache.backends.file import FileBackend
+from nova_imagecache.exceptions import (
+    CancelledError,
+    DeadlineError,
+    DiskTooSmallError,
+    ImageCorruptError,
+    ImageNotActiveError,
+    ImageRejectedError,
+    NoSpaceError,
+    SourceUnavailableError,
+)
+from nova_imagecache.testing import FakeImage, FakeSource, FaultPlan
+from unit import images
+from unit.images import KIB, MIB, SIZE
+
+RAW = images.guest_data()
+
+
+def nothing(_needed: int, _stage: str) -> None:
+    """Room for everything."""
+
+
+def asked(
+    *,
+    wanted: str = "raw",
+    disk_size: int | None = None,
+    max_virtual_size: int | None = None,
+    expect: Digest | None = None,
+    allow_unverified: bool = False,
+    admit: Callable[[int, str], None] = nothing,
+) -> Request:
+    return Request(
+        base_format=wanted,
+        disk_size=disk_size,
+        max_virtual_size=max_virtual_size,
+        expect=expect,
+        allow_unverified=allow_unverified,
+        admit=admit,
+    )
+
+
+class Bench:
+    """One image from a FakeSource into a writer of the file backend."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.scratch = path / "scratch"
+        self.scratch.mkdir()
+        self.backend = FileBackend({}, BackendPaths(root=path / "cache", disks_dir=path / "disks"))
+        self.told: list[tuple[str, int, int | None]] = []
+        self.source = FakeSource()
+        self.writer: BaseWriter | None = None
+        self.watch = Watch("img")
+
+    @property
+    def staged(self) -> Path:
+        assert self.writer is not None
+        assert self.writer.path is not None
+        return self.writer.path
+
+    def run(self, image: bytes | FakeImage, request: Request | None = None, *, path: bool = True) -> BaseRecord:
+        """Admit and ingest it; the writer takes a ``path`` or only ``write_at``."""
+        request = request or asked()
+        self.source.add("img", image)
+        info = self.source.get("img")
+        admit_metadata(info, request)
+        return self.ingest(info, GuardedSource(self.source), request, path=path)
+
+    def ingest(self, info: ImageInfo, source: GuardedSource, request: Request, *, path: bool = True) -> BaseRecord:
+        self.discard()
+        self.writer = self.backend.stage_base("img", request.base_format)
+        writer = self.writer if path else WithoutPath(self.writer)
+        return Ingest(info, source, request, self.watch, self.tell).run(writer, self.scratch, 1234.5)
+
+    def tell(self, stage: str, done: int, total: int | None, /) -> None:
+        self.told.append((stage, done, total))
+
+    def discard(self) -> None:
+        if self.writer is not None:
+            self.writer.discard()
+
+
+class WithoutPath(BaseWriter):
+    """A storage that takes bytes only through write_at, as RBD does."""
+
+    def __init__(self, inner: BaseWriter) -> None:
+        self.inner = inner
+        self.offsets: list[int] = []
+
+    def set_size(self, size: int) -> None:
+        self.inner.set_size(size)
+
+    def write_at(self, offset: int, buffer: bytes | bytearray | memoryview) -> None:
+        assert offset // MIB == (offset + len(buffer) - 1) // MIB
+        self.inner.write_at(offset, buffer)
+
+    def sync(self) -> None:
+        self.inner.sync()
+
+    def publish(self, record: BaseRecord) -> object:  # type: ignore[override]  # never called here
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        self.inner.discard()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.discard()
+
+
+def allocated(path: Path) -> int:
+    return path.stat().st_blocks * 512
+
+
+# --- what comes in ---------------------------------------------------------------------------------------------------
+
+
+def test_raw_bytes_are_stored_as_they_are(bench: Bench) -> None:
+    """With the record that says all about them."""
+    record = bench.run(RAW)
+    assert bench.staged.read_bytes() == RAW
+    assert record == BaseRecord(
+        image_id="img",
+        format="raw",
+        virtual_size=SIZE,
+        size=SIZE,
+        source_format="raw",
+        source_size=SIZE,
+        source_digest=Digest("sha512", hashlib.sha512(RAW).hexdigest()),
+        evidence="os_hash",
+        made_by="stored",
+        source="fake",
+        fetched_at=1234.5,
+        inspector=INSPECTOR_VERSION,
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 777, 4096, 65536, MIB - 1, MIB, 64 * MIB])
+def test_chunks_may_be_tiny_or_huge(bench: Bench, chunk: int) -> None:
+    """The same bytes and the same holes."""
+    data = RAW if chunk > 1 else RAW[: 70 * KIB]
+    bench.source.chunk_size = chunk
+    bench.run(data)
+    assert bench.staged.read_bytes() == data
+    assert allocated(bench.staged) < 400 * KIB
+
+
+def test_zeros_become_holes(bench: Bench) -> None:
+    """What a guest never wrote takes no space, also at the end."""
+    data = b"\xeb\x3c" + bytes(9 * MIB) + b"x" + bytes(5 * MIB)
+    bench.run(data)
+    assert bench.staged.read_bytes() == data
+    assert allocated(bench.staged) <= 16 * KIB
+
+
+def test_an_image_of_zeros_is_one_hole(bench: Bench) -> None:
+    """Of its full length."""
+    bench.run(bytes(5 * MIB + 512))
+    assert bench.staged.stat().st_size == 5 * MIB + 512
+    assert allocated(bench.staged) == 0
+
+
+@pytest.mark.parametrize("extra", [1, 100, 511])
+def test_a_raw_image_that_ends_in_half_a_sector_is_rounded_up_for_the_guest(bench: Bench, extra: int) -> None:
+    """Its own bytes stay what was verified."""
+    record = bench.run(RAW + b"x" * extra)
+    assert (record.virtual_size, record.size) == (SIZE + 512, SIZE + extra)
+    assert bench.staged.stat().st_size == SIZE + extra
+    assert round_up(SIZE + extra) == SIZE + 512
+    assert round_up(SIZE) == SIZE
+
+
+@pytest.mark.parametrize("path", [True, False], ids=["path", "write_at"])
+@pytest.mark.parametrize(
+    "kind", sorted(kind for kind, (name, _) in images.MAKERS.items() if name not in images.RAW_DECLARED)
+)
+def test_other_formats_are_converted_to_raw(bench: Bench, kind: str, path: bool) -> None:
+    """For storages with a path and for those with none; the scratch is given back."""
+    declared, maker = images.MAKERS[kind]
+    data = maker(bench.path)
+    record = bench.run(FakeImage(data=data, disk_format=declared), path=path)
+    assert bench.staged.read_bytes() == RAW
+    assert (record.format, record.virtual_size, record.size) == ("raw", SIZE, SIZE)
+    assert (record.source_format, record.source_size) == (declared, len(data))
+    assert record.made_by == "qemu-img convert"
+    assert allocated(bench.staged) < MIB
+    assert not (bench.scratch / "download").exists()
+
+
+def test_a_converted_base_has_its_sums(bench: Bench) -> None:
+    """Its bytes are not the source's, so the source's digest does not prove them."""
+    bench.run(FakeImage(data=images.converted(bench.path, "qcow2"), disk_format="qcow2"))
+    sums = (bench.staged.parent / "disk.sums").read_bytes()
+    assert len(sums) == 8 * SIZE // MIB
+
+
+def test_a_native_qcow2_is_kept_as_it_came(bench: Bench) -> None:
+    """Byte for byte, with the virtual size of its header."""
+    data = images.converted(bench.path, "qcow2", "-c")
+    record = bench.run(FakeImage(data=data, disk_format="qcow2"), asked(wanted="qcow2"))
+    assert bench.staged.read_bytes() == data
+    assert (record.format, record.virtual_size, record.size) == ("qcow2", SIZE, len(data))
+    assert record.made_by == "stored"
+
+
+@pytest.mark.parametrize("declared", ["iso", "ami", "aki", "ari"])
+def test_isos_and_amis_are_raw_bytes(bench: Bench, declared: str) -> None:
+    """Whatever they hold."""
+    data = images.iso() if declared == "iso" else RAW
+    record = bench.run(FakeImage(data=data, disk_format=declared))
+    assert bench.staged.read_bytes() == data
+    assert (record.format, record.source_format, record.made_by) == ("raw", declared, "stored")
+
+
+@pytest.mark.parametrize(
+    ("declared", "wanted", "possible", "expected"),
+    [
+        ("raw", "raw", ("raw", "qcow2"), "raw"),
+        ("qcow2", "raw", ("raw", "qcow2"), "raw"),
+        ("qcow2", None, ("raw", "qcow2"), "qcow2"),
+        ("qcow2", None, ("raw",), "raw"),
+        ("vmdk", None, ("raw", "qcow2"), "raw"),
+        ("iso", None, ("raw", "qcow2"), "raw"),
+        ("ami", None, ("qcow2", "raw"), "raw"),
+    ],
+)
+def test_the_bases_format_is_the_wanted_or_the_images_own(
+    declared: str, wanted: str | None, possible: tuple[str, ...], expected: str
+) -> None:
+    """Where the storage can hold it; else raw."""
+    assert base_format(declared, wanted, possible) == expected
+
+
+# --- digests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["sha512", "sha256", "md5", "sha1", "blake2b", "sha3_256"])
+def test_the_announced_digest_is_what_is_compared(bench: Bench, algorithm: str) -> None:
+    """Whatever the image service uses."""
+    digest = Digest(algorithm, hashlib.new(algorithm, RAW, usedforsecurity=False).hexdigest())
+    assert bench.run(FakeImage(data=RAW, digest=digest)).source_digest == digest
+    wrong = Digest(algorithm, hashlib.new(algorithm, b"other", usedforsecurity=False).hexdigest())
+    with pytest.raises(ImageCorruptError) as caught:
+        bench.run(FakeImage(data=RAW, digest=wrong))
+    assert (caught.value.expected, caught.value.actual) == (wrong, digest)
+    assert caught.value.image_id == "img"
+
+
+def test_what_the_caller_expects_is_compared_as_well(bench: Bench) -> None:
+    """Both must hold, in algorithms that may differ; the caller's is the evidence."""
+    right = Digest("sha256", hashlib.sha256(RAW).hexdigest())
+    record = bench.run(RAW, asked(expect=right))
+    assert (record.source_digest, record.evidence) == (right, "expected")
+    wrong = Digest("sha256", hashlib.sha256(b"other").hexdigest())
+    with pytest.raises(ImageCorruptError):
+        bench.run(RAW, asked(expect=wrong))
+    with pytest.raises(ImageCorruptError):
+        bench.run(FakeImage(data=RAW, digest=wrong), asked(expect=right))
+
+
+def test_an_image_without_a_digest_needs_leave(bench: Bench) -> None:
+    """It is refused before a byte; allowed, its digest is written down as what it is: unverified."""
+    image = FakeImage(data=RAW, digest=None)
+    with pytest.raises(ImageRejectedError, match="allow_unverified"):
+        bench.run(image)
+    assert bench.source.opens == 0
+    record = bench.run(image, asked(allow_unverified=True))
+    assert record.evidence == "unverified"
+    assert record.source_digest == Digest("sha512", hashlib.sha512(RAW).hexdigest())
+
+
+def test_an_expected_digest_is_enough(bench: Bench) -> None:
+    """The caller vouches where the service does not."""
+    expect = Digest("sha256", hashlib.sha256(RAW).hexdigest())
+    assert bench.run(FakeImage(data=RAW, digest=None), asked(expect=expect)).evidence == "expected"
+
+
+# --- lengths ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_longer_than_announced_is_stopped_at_once(bench: Bench) -> None:
+    """An endless stream fills no disk."""
+    bench.source.chunk_size = 64 * KIB
+    image = FakeImage(data=RAW + bytes(64 * MIB), size=len(RAW))
+    with pytest.raises(ImageCorruptError, match=f"expected {len(RAW)} bytes"):
+        bench.run(image)
+    # what was read ahead is bounded
+    assert bench.source.bytes_served < len(RAW) + 12 * MIB
+    assert bench.staged.stat().st_size <= len(RAW)
+
+
+@pytest.mark.parametrize("missing", [1, 512, MIB, SIZE - 1])
+def test_an_image_shorter_than_announced_is_damaged(bench: Bench, missing: int) -> None:
+    """Whatever its digest says."""
+    data = RAW[: SIZE - missing]
+    digest = Digest("sha512", hashlib.sha512(data).hexdigest())
+    with pytest.raises(ImageCorruptError) as caught:
+        bench.run(FakeImage(data=data, size=SIZE, digest=digest))
+    assert caught.value.expected == f"{SIZE} bytes"
+    assert caught.value.actual == f"{len(data)} bytes"
+
+
+def test_an_image_of_unannounced_size_is_taken(bench: Bench) -> None:
+    """Its digest says when it is whole."""
+    record = bench.run(FakeImage(data=RAW, size=None))
+    assert record.size == SIZE
+    assert {total for stage, _, total in bench.told if stage == "fetch"} == {None}
+
+
+@pytest.mark.parametrize("size", [0, None, SIZE])
+def test_an_image_without_data_is_none(bench: Bench, size: int | None) -> None:
+    """Announced as empty, or empty when it came."""
+    digest = Digest("sha512", hashlib.sha512(b"").hexdigest())
+    with pytest.raises(ImageRejectedError, match="no data"):
+        bench.run(FakeImage(data=b"", size=size, digest=digest))
+
+
+@pytest.mark.parametrize("status", ["queued", "saving", "deactivated", "killed", "deleted"])
+def test_an_image_that_is_not_active_is_not_asked_for(bench: Bench, status: str) -> None:
+    """Its metadata is enough."""
+    with pytest.raises(ImageNotActiveError) as caught:
+        bench.run(FakeImage(data=RAW, status=status))
+    assert caught.value.status == status
+    assert bench.source.opens == 0
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_too_small_is_told_from_the_metadata(bench: Bench) -> None:
+    """min_disk, and the length of raw bytes: before a byte is asked for."""
+    with pytest.raises(DiskTooSmallError) as caught:
+        bench.run(FakeImage(data=RAW, min_disk=10 * MIB), asked(disk_size=9 * MIB))
+    assert (caught.value.size, caught.value.virtual_size) == (9 * MIB, 10 * MIB)
+    with pytest.raises(DiskTooSmallError) as caught:
+        bench.run(RAW + b"x", asked(disk_size=SIZE))
+    assert (caught.value.size, caught.value.virtual_size) == (SIZE, SIZE + 512)
+    assert bench.source.opens == 0
+    bench.run(RAW, asked(disk_size=SIZE))
+
+
+@pytest.mark.parametrize("qemu_format", ["qcow2", "vmdk", "vdi"])
+@pytest.mark.parametrize("limit", ["disk", "cap"])
+def test_a_bomb_is_told_from_its_header(bench: Bench, qemu_format: str, limit: str) -> None:
+    """A small file that unpacks to more than the disk or the cap is neither read whole nor unpacked."""
+    data = images.created(bench.path, qemu_format, size=1 << 40).ljust(
+        200 * MIB if qemu_format == "qcow2" else 0, b"\1"
+    )
+    request = asked(disk_size=10 * MIB) if limit == "disk" else asked(max_virtual_size=10 * MIB)
+    error = DiskTooSmallError if limit == "disk" else ImageRejectedError
+    with pytest.raises(error, match=str(1 << 40)):
+        bench.run(FakeImage(data=data, disk_format=qemu_format), request)
+    assert bench.source.bytes_served < 20 * MIB
+    assert sum(allocated(path) for path in bench.path.rglob("*") if path.is_file()) < 10 * MIB
+
+
+def test_a_footer_does_not_get_a_larger_disk_past_the_limits(bench: Bench) -> None:
+    """A streamed VMDK whose footer has another capacity than its header (QEMU believes the footer)."""
+    data = images.streamed_vmdk(bench.path)
+    data = images.patched(data, -1024 + 12, (1 << 31).to_bytes(8, "little"))
+    with pytest.raises(ImageRejectedError, match="footer"):
+        bench.run(FakeImage(data=data, disk_format="vmdk"), asked(disk_size=SIZE))
+
+
+def test_a_raw_stream_of_unknown_length_stops_at_the_limit(bench: Bench) -> None:
+    """Nothing announced, nothing believed."""
+    image = FakeImage(data=RAW * 20, size=None)
+    for request in (asked(disk_size=SIZE), asked(max_virtual_size=SIZE)):
+        with pytest.raises((DiskTooSmallError, ImageRejectedError)):
+            bench.run(image, request)
+        assert bench.staged.stat().st_size <= SIZE + MIB
+
+
+def test_room_is_asked_for_before_the_fetch_and_before_the_conversion(bench: Bench) -> None:
+    """First what is announced, then what it unpacks to."""
+    asks: list[tuple[int, str]] = []
+    data = images.converted(bench.path, "qcow2", "-c")
+    bench.run(
+        FakeImage(data=data, disk_format="qcow2"), asked(admit=lambda needed, stage: asks.append((needed, stage)))
+    )
+    assert asks[0] == (len(data), "admission")
+    assert [stage for _, stage in asks] == ["admission", "conversion"]
+    assert 128 * KIB <= asks[1][0] < MIB
+
+
+def test_no_room_for_the_conversion_ends_before_it(bench: Bench) -> None:
+    """Nothing is unpacked that does not fit."""
+
+    def admit(needed: int, stage: str) -> None:
+        if stage == "conversion":
+            raise NoSpaceError(needed=needed, free=0, stage=stage)
+
+    with pytest.raises(NoSpaceError):
+        bench.run(FakeImage(data=images.converted(bench.path, "qcow2"), disk_format="qcow2"), asked(admit=admit))
+    assert allocated(bench.staged) == 0
+
+
+# --- refusals, faults and ends ---------------------------------------------------------------------------------------
+
+
+def test_an_unsafe_image_is_not_read_to_its_end(bench: Bench) -> None:
+    """Refused by its first megabyte; qemu-img never runs."""
+    data = images.created(bench.path, "qcow2", "-u", "-b", "/etc/passwd", "-F", "raw").ljust(100 * MIB, b"\1")
+    with FaultPlan() as plan, pytest.raises(ImageRejectedError, match="backing"):
+        bench.run(FakeImage(data=data, disk_format="qcow2"))
+    assert bench.source.bytes_served < 12 * MIB
+    assert "exec.run" not in {step.name for step in plan.trace}
+
+
+def test_a_wrong_label_is_refused_before_qemu_img_runs(bench: Bench) -> None:
+    """Raw that is a qcow2 is never taken for either."""
+    with FaultPlan() as plan, pytest.raises(ImageRejectedError, match="claims to be raw and is qcow2"):
+        bench.run(FakeImage(data=images.converted(bench.path, "qcow2")))
+    assert "exec.run" not in {step.name for step in plan.trace}
+
+
+def test_what_qemu_img_cannot_convert_is_a_rejected_image(bench: Bench) -> None:
+    """With qemu-img's own words; a header may be fine and the rest not."""
+    data = images.converted(bench.path, "qcow2")
+    data = images.patched(data, 40, b"\x7f" * 8)  # offset of the first table, beyond all bounds
+    with pytest.raises(ImageRejectedError, match="qemu-img cannot convert it") as caught:
+        bench.run(FakeImage(data=data, disk_format="qcow2"))
+    assert caught.value.image_id == "img"
+
+
+def test_a_full_disk_is_not_laid_at_the_images_door(bench: Bench) -> None:
+    """An OSError stays one here, for the guard to name."""
+    with FaultPlan().fail("fs.write"), pytest.raises(OSError, match="fault"):
+        bench.run(RAW)
+
+
+def test_a_stream_that_breaks_is_the_sources_error(bench: Bench) -> None:
+    """After the retries that it makes by itself."""
+    with pytest.raises(SourceUnavailableError):
+        bench.run(FakeImage(data=RAW, break_after=MIB + 5))
+
+
+@pytest.mark.parametrize("stall_after", [0, MIB, SIZE])
+def test_deadline_and_cancel_end_a_stream_that_stalls(bench: Bench, stall_after: int) -> None:
+    """No byte comes, and the call ends all the same."""
+    stall = threading.Event()
+    image = FakeImage(data=RAW, stall=stall, stall_after=stall_after)
+    try:
+        bench.watch = Watch("img", deadline=0.2)
+        with pytest.raises(DeadlineError):
+            bench.run(image)
+        cancel = threading.Event()
+        bench.watch = Watch("img", cancel=cancel)
+        threading.Timer(0.1, cancel.set).start()
+        with pytest.raises(CancelledError):
+            bench.run(image)
+    finally:
+        stall.set()
+
+
+def test_progress_grows_to_the_end(bench: Bench) -> None:
+    """In bytes of what was announced, then of what it unpacks to."""
+    data = images.converted(bench.path, "qcow2")
+    bench.run(FakeImage(data=data, disk_format="qcow2"))
+    fetched = [done for stage, done, _ in bench.told if stage == "fetch"]
+    assert fetched == sorted(fetched)
+    assert fetched[-1] == len(data)
+    stage, done, total = bench.told[-1]
+    assert (stage, done) == ("convert", total)
+    assert 128 * KIB <= done <= SIZE
+
+
+class Generated:
+    """A source that makes its bytes as they are read: as many as one likes, none kept."""
+
+    name = "generated"
+
+    def __init__(self, mebibytes: int) -> None:
+        self.mebibytes = mebibytes
+        self.piece = random.Random(3).randbytes(KIB) * KIB
+
+    def get(self, image_id: str) -> ImageInfo:
+        return ImageInfo(image_id=image_id, disk_format="raw", size=self.mebibytes * MIB)
+
+    @contextmanager
+    def open(self, _image: ImageInfo, _offset: int = 0) -> Iterator[Iterator[bytes]]:
+        yield (bytes(memoryview(self.piece)) for _ in range(self.mebibytes))
+
+
+def test_memory_is_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 200 MiB no more than the read-ahead is held at a time, also where the disk is slower than the source."""
+    monkeypatch.setattr(_fs, "write", lambda _fd, _offset, _buffer: None)
+    source = Generated(200)
+    tracemalloc.start()
+    try:
+        bench.ingest(source.get("img"), GuardedSource(source), asked(allow_unverified=True))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 30 * MIB

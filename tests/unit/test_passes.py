@@ -1,0 +1,327 @@
+"""A pass over all bases: what one bad base, a late comer or an old plan do to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from harness import places
+from harness.images import MIB
+from harness.rig import Rig
+from harness.upkeep import DAY, HOUR, Clock, Events, clean_twice, dense, names, open_cache
+from nova_imagecache import BaseImage, BaseInUseError, DiskUser, ImageCache
+from nova_imagecache.finders import DiskDirectories
+from nova_imagecache.testing import FaultPlan
+
+SAMPLES = {name: dense(f"passed {name}", 64 * 1024) for name in ("a", "b", "c")}
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with places.quick(tmp_path) as directory:
+        rig = Rig(directory, "link", SAMPLES)
+        rig.cache().ensure_bases(SAMPLES)
+        yield rig
+
+
+def _tree(root: Path) -> dict[str, tuple[int, int]]:
+    """Everything below the root: inode and time of change."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        if "locks" not in path.parts:
+            known = path.lstat()
+            found[str(path)] = (known.st_ino, known.st_mtime_ns)
+    return found
+
+
+# --- one bad base stops no pass
+
+
+def _no_record(rig: Rig) -> None:
+    (rig.root / "bases" / "b" / "base.json").unlink()
+
+
+def _rubbish(rig: Rig) -> None:
+    record = rig.root / "bases" / "b" / "base.json"
+    record.unlink()
+    record.write_bytes(b"\xff{")
+
+
+def _no_disk(rig: Rig) -> None:
+    (rig.root / "bases" / "b" / "disk").unlink()
+
+
+def _pins_are_a_file(rig: Rig) -> None:
+    (rig.root / "pins").mkdir(exist_ok=True)
+    (rig.root / "pins" / "b").write_text("")
+
+
+def _users_are_a_file(rig: Rig) -> None:
+    (rig.root / "users").mkdir(exist_ok=True)
+    (rig.root / "users" / "b").write_text("")
+
+
+def _a_file(rig: Rig) -> None:
+    (rig.root / "bases" / "0").write_text("")
+
+
+def _an_empty_directory(rig: Rig) -> None:
+    (rig.root / "bases" / "0").mkdir()
+
+
+BAD = [_no_record, _rubbish, _no_disk, _pins_are_a_file, _users_are_a_file, _a_file, _an_empty_directory]
+
+
+@pytest.mark.parametrize("spoil", BAD, ids=[spoil.__name__.strip("_") for spoil in BAD])
+def test_one_bad_base_stops_no_pass(spoil: Callable[[Rig], None], rig: Rig) -> None:
+    """The others are planned, marked and removed; figures can be had; room can be made."""
+    clock = Clock()
+    cache = open_cache(rig, clock)
+    spoil(rig)
+    assert {"a", "c"} <= {item.image_id for item in cache.plan_cleanup().items}
+    report = clean_twice(cache, clock)
+    assert {"a", "c"} <= set(report.removed)
+    cache.usage()
+    with open_cache(rig, clock, max_bytes=256 * 1024) as limited:
+        limited.ensure_base("a")
+
+
+@pytest.mark.parametrize("spoil", [_pins_are_a_file, _users_are_a_file], ids=["pins", "users"])
+def test_doubt_keeps_the_bad_base(spoil: Callable[[Rig], None], rig: Rig) -> None:
+    """What cannot be read may say that it is needed."""
+    clock = Clock()
+    cache = open_cache(rig, clock)
+    spoil(rig)
+    report = clean_twice(cache, clock)
+    assert "b" in report.kept
+    assert "b" in names(cache)
+
+
+STEPS = [
+    ("fs.touch", "bases/b/unused-since", ()),
+    ("fs.rename", "bases/b", ("a", "c")),
+    ("fs.rename", "trash/b", ("a", "c")),
+    ("fs.rmtree", "b.", ("a", "c")),
+]
+
+
+@pytest.mark.parametrize(("step", "match", "removed"), STEPS, ids=["mark", "retire", "to-trash", "purge"])
+def test_a_removal_that_fails_is_told_and_the_rest_goes_on(
+    step: str, match: str, removed: tuple[str, ...], rig: Rig
+) -> None:
+    """Whichever step of one base fails: it is in the report with its reason, and recover tidies up after it."""
+    clock = Clock()
+    cache = open_cache(rig, clock)
+    if removed:
+        cache.cleanup()
+        clock.move(2 * DAY)
+    with FaultPlan().fail(step, match=match, nth=0, error=PermissionError(1, "not permitted")):
+        report = cache.cleanup(cache.plan_cleanup())
+    assert any("not permitted" in reason for reason in report.failed.values())
+    assert (report.removed or report.marked) == ("a", "c")
+    again = cache.recover()
+    assert not again.failed
+    cache.ensure_base("b")
+    rig.check("a removal failed")
+    rig.check_tidy("a removal failed")
+
+
+def test_a_restore_that_fails_is_made_good_by_recover(rig: Rig) -> None:
+    """The base of a late comer cannot get its name back: it lies in the trash, whole, until recover restores it."""
+
+    class Late:
+        name = "late"
+        looks = 0
+
+        def find(self, bases: Sequence[BaseImage]) -> Iterator[DiskUser]:
+            self.looks += 1
+            if self.looks > 1:
+                path = rig.disks / "vm" / "disk.base"
+                if not path.exists():
+                    path.parent.mkdir(parents=True)
+                    [token] = (rig.root / "trash").glob("b.*")
+                    path.hardlink_to(token / "disk")
+                    (path.parent / "disk.snap").write_bytes(b"")
+            return iter(())
+
+    cache = open_cache(rig, user_finders=[Late()])
+    plan = cache.plan_cleanup(max_idle=0)
+    with FaultPlan().fail("fs.rename", match="bases/b", nth=2, error=PermissionError(1, "not permitted")):
+        report = cache._engine.passes.carry_out(plan, observe=False)
+    assert set(report.removed) == {"a", "c"}
+    assert "b" in report.failed
+    assert cache.recover().restored
+    assert names(cache) == {"b"}
+
+
+# --- plans
+
+
+def test_a_dry_run_is_the_very_plan_and_changes_nothing(rig: Rig) -> None:
+    """What is printed is what is done; looking leaves no trace."""
+    clock = Clock()
+    cache = open_cache(rig, clock)
+    cache.create_root_disk("a", "vm")
+    cache.pin("b", "me")
+    cache.cleanup()
+    clock.move(2 * DAY)
+    before = _tree(rig.dir)
+    plan = cache.plan_cleanup()
+    assert cache.plan_cleanup() == plan
+    assert _tree(rig.dir) == before
+    assert all(item.reason for item in plan.items)
+    assert {item.image_id: item.verdict for item in plan.items} == {"a": "keep", "b": "keep", "c": "remove"}
+    assert plan.freeable == cache.base_usage("c").allocated
+    report = cache.cleanup(plan)
+    assert report.removed == ("c",)
+    assert report.freed == plan.freeable
+    assert report.kept == {item.image_id: item.reason for item in plan.items if item.verdict == "keep"}
+
+
+def test_an_old_plan_is_judged_again(rig: Rig) -> None:
+    """Since it was made one base was pinned, one used, one got a disk: nothing goes, and the report says why."""
+    clock = Clock()
+    cache = open_cache(rig, clock)
+    cache.cleanup()
+    clock.move(2 * DAY)
+    plan = cache.plan_cleanup()
+    assert [item.verdict for item in plan.items] == ["remove"] * 3
+    cache.pin("a", "me")
+    cache.ensure_base("b")
+    cache.create_root_disk("c", "vm")
+    report = cache.cleanup(plan)
+    assert report.removed == ()
+    assert "me" in report.kept["a"]
+    assert "unused from now on" in report.kept["b"]
+    assert "1 root disk" in report.kept["c"]
+    assert names(cache) == {"a", "b", "c"}
+
+
+def test_a_plan_for_bases_that_are_gone(rig: Rig) -> None:
+    """Somebody else removed them: said, and no failure."""
+    cache = open_cache(rig)
+    plan = cache.plan_cleanup(max_idle=0)
+    cache.remove_base("b")
+    report = cache.cleanup(plan)
+    assert report.removed == ("a", "c")
+    assert report.kept == {"b": "it is gone already"}
+    assert not report.failed
+
+
+def test_a_busy_base_is_skipped_and_said_so(rig: Rig) -> None:
+    """Somebody holds its lock: the pass does not wait."""
+    cache = open_cache(rig)
+    lock = cache._engine.locks.base("b")
+    assert lock.attempt()
+    report = cache.cleanup(cache.plan_cleanup(max_idle=0))
+    lock.release()
+    assert report.removed == ("a", "c")
+    assert "works on it" in report.kept["b"]
+    assert cache.cleanup(cache.plan_cleanup(max_idle=0)).removed == ("b",)
+
+
+def test_observing_changes_nothing(rig: Rig) -> None:
+    """With remove_unused off a pass says what it would do, for ever, and marks nothing."""
+    clock = Clock()
+    cache = open_cache(rig, clock, remove_unused=False)
+    (rig.root / "staging" / "a.0123456789abcdef").mkdir(parents=True)
+    before = _tree(rig.dir)
+    for _day in range(3):
+        report = cache.cleanup()
+        assert (report.removed, report.marked, report.swept) == ((), (), ())
+        assert all("remove_unused is off" in reason for reason in report.kept.values())
+        clock.move(3 * DAY)
+    assert _tree(rig.dir) == before
+
+
+def test_a_pass_over_many_bases_asks_finders_a_few_times(rig: Rig) -> None:
+    """Once for the plan and once for each bundle that goes, not once for each base."""
+    many = {f"many-{number:03}": SAMPLES["a"] for number in range(150)}
+    rig.samples |= many
+
+    class Counting(DiskDirectories):
+        looks = 0
+
+        def find(self, bases: Sequence[BaseImage]) -> Iterator[DiskUser]:
+            self.looks += 1
+            return super().find(bases)
+
+    finder = Counting([rig.disks])
+    cache = open_cache(rig, user_finders=[finder])
+    cache.ensure_bases(many)
+    cache.create_root_disk("many-077", "vm")
+    descriptors = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - reason: names, not paths
+    report = cache.cleanup(cache.plan_cleanup(max_idle=0))
+    assert len(report.removed) == 152
+    assert names(cache) == {"many-077"}
+    assert finder.looks <= 5
+    assert len(os.listdir("/proc/self/fd")) <= descriptors + 2  # noqa: PTH208 - reason: names, not paths
+
+
+def test_events_tell_what_went(rig: Rig) -> None:
+    """One for each base, and one that the figures changed."""
+    events = Events()
+    cache = open_cache(rig, on_event=events.append)
+    cache.create_root_disk("a", "vm")
+    events.clear()
+    cache.cleanup(cache.plan_cleanup(max_idle=0))
+    assert events.kinds("removed") == ["b", "c"]
+    assert events.kinds("usage-changed") == ["b", "c"]
+
+
+# --- time
+
+
+def test_two_passes_and_the_idle_time_between_them(rig: Rig) -> None:
+    """The first marks; up to the end of the idle time it stays; then it goes."""
+    clock = Clock()
+    cache = open_cache(rig, clock)
+    assert cache.cleanup().marked == ("a", "b", "c")
+    clock.move(23 * HOUR)
+    report = cache.cleanup()
+    assert (report.removed, report.marked) == ((), ())
+    clock.move(2 * HOUR)
+    assert cache.cleanup().removed == ("a", "b", "c")
+
+
+def test_a_disk_that_comes_and_goes_starts_the_time_anew(rig: Rig) -> None:
+    """Its base was in use until just now."""
+    clock = Clock()
+    cache = open_cache(rig, clock)
+    cache.cleanup()
+    clock.move(20 * HOUR)
+    cache.create_root_disk("a", "vm")
+    clock.move(20 * HOUR)
+    assert cache.cleanup().removed == ("b", "c")
+    cache.remove_root_disk("vm")
+    assert cache.cleanup().marked == ("a",)
+    clock.move(20 * HOUR)
+    assert cache.cleanup().removed == ()
+    clock.move(20 * HOUR)
+    assert cache.cleanup().removed == ("a",)
+
+
+def test_a_pin_ends(rig: Rig) -> None:
+    """Up to its end it holds, whatever is asked for; the idle time begins after it."""
+    clock = Clock()
+    cache = open_cache(rig, clock)
+    cache.pin("a", "release", until=clock.now + 10 * DAY)
+    assert clean_twice(cache, clock).removed == ("b", "c")
+    assert "a" not in cache.cleanup(cache.plan_cleanup(max_idle=0)).removed
+    clock.move(9 * DAY)
+    assert cache.cleanup().marked == ("a",)
+    clock.move(2 * DAY)
+    assert cache.cleanup().removed == ("a",)
+
+
+def test_a_removal_by_hand_tells_who_is_in_the_way(rig: Rig) -> None:
+    """Each disk by its name, however many know of it."""
+    cache: ImageCache = open_cache(rig, user_finders=[DiskDirectories([rig.disks])])
+    cache.create_root_disk("a", "vm", size=4 * MIB)
+    with pytest.raises(BaseInUseError) as caught:
+        cache.remove_base("a")
+    assert {user.disk_id for user in caught.value.users} == {"vm"}
+    assert "disk directories" in {user.known_by for user in caught.value.users}
