@@ -52,11 +52,16 @@ def read_extents(path: Path) -> Iterator[Extent]:
                 yield Extent(offset=offset, data=data)
 
 
-def nonzero_runs(buffer: bytes) -> Iterator[tuple[int, memoryview]]:
+def nonzero_runs(buffer: bytes | bytearray | memoryview) -> Iterator[tuple[int, memoryview]]:
     """(offset, piece) of the parts of ``buffer`` that hold anything but zeros, in steps of 4 KiB."""
     view = memoryview(buffer)
+    # one look at the first byte of each block: where none is zero, and so it is in most data, no block is zeros
+    if 0 not in view[::_BLOCK].tobytes():
+        if view:
+            yield 0, view
+        return
     start: int | None = None
-    for offset in _block_edges(buffer):
+    for offset in _block_edges(view):
         if offset >= 0:
             start = offset if start is None else start
         elif start is not None:
@@ -66,16 +71,24 @@ def nonzero_runs(buffer: bytes) -> Iterator[tuple[int, memoryview]]:
         yield start, view[start:]
 
 
-def _block_edges(buffer: bytes) -> Iterator[int]:
-    """The offset of every block with data, and ~offset of every one of zeros; large zero blocks are told once."""
-    size = len(buffer)
+def _block_edges(view: memoryview) -> Iterator[int]:
+    """The offset of every block with data, and ~offset of every one of zeros; large runs are told once."""
+    size = len(view)
     for outer in range(0, size, len(_ZEROS)):
-        # startswith compares in place at memory speed; comparing slices or memoryviews does not
-        if buffer.startswith(_ZEROS[: size - outer], outer):
+        part = view[outer : outer + len(_ZEROS)]
+        heads = part[::_BLOCK].tobytes()
+        if 0 not in heads:
+            yield outer
+            continue
+        # a copy, since only bytes compare at memory speed
+        data = part.tobytes()
+        if data == _ZEROS[: len(data)]:
             yield ~outer
             continue
-        for inner in range(outer, min(outer + len(_ZEROS), size), _BLOCK):
-            yield ~inner if buffer.startswith(_ZERO_BLOCK[: size - inner], inner) else inner
+        for number, head in enumerate(heads):
+            at = number * _BLOCK
+            zeros = head == 0 and data.startswith(_ZERO_BLOCK[: len(data) - at], at)
+            yield ~(outer + at) if zeros else outer + at
 
 
 def allocated(path: Path) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import secrets
 import shutil
@@ -42,7 +43,14 @@ SEAMS = (
 
 MIB = 1 << 20
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE, linux/fs.h
 _FICLONE = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
 
 # --- steps: each one system call as far as a crash can tell ----------------------------------------------------------
 
@@ -78,8 +86,7 @@ def truncate(fd: int, size: int) -> None:
 def allocate(fd: int, size: int) -> None:
     """Reserve blocks for the first ``size`` bytes, keeping length and content."""
     # os.posix_fallocate lengthens the file, and writes zeros where the filesystem cannot reserve
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate(fd, _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+    if _libc().fallocate(fd, _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
@@ -125,6 +132,8 @@ def rmdir(path: Path) -> bool:
 
 def rmtree(path: Path) -> None:
     """Remove a directory and all below it; one that is not there is fine, and so is another who removes it too."""
+    with suppress(OSError):  # most are empty by then, and one call is enough; what stands in its way is met below
+        os.rmdir(path)  # noqa: PTH106 - the system call, by its name
     while os.path.lexists(path):
         # rmtree stops at the first entry that another took away
         with suppress(FileNotFoundError):
@@ -134,6 +143,12 @@ def rmtree(path: Path) -> None:
 def fsync(fd: int) -> None:
     """Content and length of the file are on stable storage."""
     os.fsync(fd)
+
+
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Let the kernel begin to write a part of the file, so that the fsync at the end is short. Promises nothing."""
+    # not in SEAMS: it changes nothing that a crash could tell; where the kernel cannot, fsync does all of it
+    _libc().sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _WRITE)
 
 
 def fsync_dir(path: Path) -> None:

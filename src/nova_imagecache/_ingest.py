@@ -2,101 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
 import signal
 from contextlib import suppress
-from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
-from nova_imagecache import _extents, _fs, _qemu, _sums
-from nova_imagecache._ahead import MIB, ReadAhead
-from nova_imagecache._inspect import INSPECTOR_VERSION, RAW_FORMATS, StreamInspector
+from nova_imagecache import _extents, _fs, _qcow2, _qemu, _sums
+from nova_imagecache._admission import judge_size
+from nova_imagecache._inspect import INSPECTOR_VERSION, StreamInspector
 from nova_imagecache._models import BaseRecord, Digest, Evidence, ImageInfo, round_up
-from nova_imagecache.exceptions import (
-    CommandError,
-    DiskTooSmallError,
-    ImageCorruptError,
-    ImageNotActiveError,
-    ImageRejectedError,
-)
+from nova_imagecache._packed import SurpriseError
+from nova_imagecache._placing import Placer, Qcow2Placer, Spool, write_runs
+from nova_imagecache._stream import MIB, Stream
+from nova_imagecache.exceptions import CommandError, ImageCorruptError, ImageRejectedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    from nova_imagecache._admission import Request
     from nova_imagecache._guard import GuardedSource
     from nova_imagecache._watch import Watch
     from nova_imagecache.backends import BaseWriter
 
 _OWN_DIGEST = "sha512"
+_DECODED = "qcow2 decoder"
+_CONVERTED = "qemu-img convert"
 _STEP = 64 * MIB
 """How far an image of unknown size may grow between two looks at the space that is left."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What is asked of one fetch.
-
-    ``base_format`` is what the base shall be; ``disk_size`` the size of the disk it is fetched for (None: any);
-    ``expect`` the digest the caller knows; ``admit(bytes, stage)`` raises NoSpaceError when so much does not fit.
-    """
-
-    base_format: str
-    disk_size: int | None
-    max_virtual_size: int | None
-    expect: Digest | None
-    allow_unverified: bool
-    admit: Callable[[int, str], None]
+_log = logging.getLogger(__name__)
 
 
 class Tell(Protocol):
     """Called with (stage, bytes done, bytes in all or None)."""
 
     def __call__(self, stage: str, done: int, total: int | None, /) -> None: ...
-
-
-def base_format(disk_format: str, wanted: str | None, possible: Iterable[str]) -> str:
-    """The format that a base of an image has: the wanted one; with None the image's own, where bases may have it."""
-    own = "raw" if disk_format in RAW_FORMATS else disk_format
-    if wanted is not None:
-        return wanted
-    return own if own in possible else "raw"
-
-
-def admit_metadata(image: ImageInfo, request: Request) -> None:
-    """Refuse from what the source says, before a byte is asked for.
-
-    Raises:
-        ImageNotActiveError, ImageRejectedError, DiskTooSmallError, NoSpaceError.
-    """
-    if image.status != "active":
-        raise ImageNotActiveError(image.status, image_id=image.image_id)
-    StreamInspector(image.disk_format, image_id=image.image_id)
-    if image.size == 0:
-        raise ImageRejectedError("it has no data", image_id=image.image_id, stage="metadata")
-    if image.digest is None and request.expect is None and not request.allow_unverified:
-        reason = "no digest of it is known, and allow_unverified is off"
-        raise ImageRejectedError(reason, image_id=image.image_id, stage="metadata")
-    if request.disk_size is not None and image.min_disk > request.disk_size:
-        raise DiskTooSmallError(request.disk_size, image.min_disk, image_id=image.image_id)
-    if image.disk_format in RAW_FORMATS and image.size is not None:
-        judge_size(round_up(image.size), image.image_id, request)
-    request.admit(image.size or 0, "admission")
-
-
-def judge_size(virtual_size: int, image_id: str, request: Request) -> None:
-    """Refuse a virtual size that the cap or the disk does not allow.
-
-    Raises:
-        ImageRejectedError: above ``max_virtual_size``.
-        DiskTooSmallError: above the disk's size; this caller's error alone.
-    """
-    if request.max_virtual_size is not None and virtual_size > request.max_virtual_size:
-        reason = f"its virtual size {virtual_size} is above max_virtual_size {request.max_virtual_size}"
-        raise ImageRejectedError(reason, image_id=image_id)
-    if request.disk_size is not None and virtual_size > request.disk_size:
-        raise DiskTooSmallError(request.disk_size, virtual_size, image_id=image_id)
 
 
 class Ingest:
@@ -108,10 +51,14 @@ class Ingest:
         self._request = request
         self._watch = watch
         self._tell = tell
-        self._inspector = StreamInspector(image.disk_format, image_id=image.image_id)
         # where nothing is known, the bytes as they came are written down all the same
-        wanted = {d.algorithm for d in (image.digest, request.expect) if d is not None} or {_OWN_DIGEST}
-        self._hashes = {algorithm: hashlib.new(algorithm, usedforsecurity=False) for algorithm in wanted}
+        self._algorithms = {d.algorithm for d in (image.digest, request.expect) if d is not None} or {_OWN_DIGEST}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._inspector = StreamInspector(self._image.disk_format, image_id=self._image.image_id)
+        self._judged = False
+        self._total = self._told = 0
 
     def run(self, writer: BaseWriter, scratch: Path, now: float) -> BaseRecord:
         """The record of the base whose bytes are in ``writer`` now, not synced yet. ``scratch`` is an empty directory.
@@ -120,21 +67,14 @@ class Ingest:
             ImageRejectedError, ImageCorruptError, DiskTooSmallError, NoSpaceError, SourceError, BackendError,
             CancelledError, DeadlineError.
         """
-        direct = self._inspector.disk_format == self._request.base_format
-        if direct:
-            size = self._store(writer.write_at)
-            writer.set_size(size)
-            virtual_size, made_by, length = self._inspector.virtual_size or round_up(size), "stored", size
+        if self._inspector.disk_format == self._request.base_format:
+            self._store(writer.write_at)
+            length = self._total
+            writer.set_size(length)
+            virtual_size, made_by = self._inspector.virtual_size or round_up(length), "stored"
         else:
-            download = scratch / "download"
-            fd = _fs.create(download, 0o600)
-            try:
-                size = self._store(lambda offset, data: _fs.write(fd, offset, data))
-                _fs.truncate(fd, size)
-                virtual_size = self._convert(download, scratch / "converted", writer)
-            finally:
-                os.close(fd)
-            made_by, length = "qemu-img convert", virtual_size
+            made_by = self._make_raw(writer, scratch)
+            virtual_size = length = self._size
         digest, evidence = self._evidence()
         return BaseRecord(
             image_id=self._image.image_id,
@@ -142,7 +82,7 @@ class Ingest:
             virtual_size=virtual_size,
             size=length,
             source_format=self._image.disk_format,
-            source_size=size,
+            source_size=self._total,
             source_digest=digest,
             evidence=evidence,
             made_by=made_by,
@@ -153,62 +93,141 @@ class Ingest:
 
     # --- reading
 
-    def _store(self, write_at: Callable[[int, memoryview], None]) -> int:
-        """Read, judge, hash and write the whole stream; its length."""
-        announced = self._image.size
-        total = 0
-        judged = False
-        with ReadAhead(self._source, self._image, lambda: self._watch.check("fetch")) as chunks:
-            for piece in _pieces(chunks):
-                self._inspector.feed(piece)
-                if not judged and self._inspector.virtual_size is not None:
-                    judge_size(self._inspector.virtual_size, self._image.image_id, self._request)
-                    judged = True
-                if announced is not None and total + len(piece) > announced:
-                    raise ImageCorruptError(
-                        f"{announced} bytes", f"at least {total + len(piece)}", image_id=self._image.image_id
-                    )
-                for hasher in self._hashes.values():
-                    hasher.update(piece)
-                for offset, run in _extents.nonzero_runs(piece):
-                    write_at(total + offset, run)
-                total += len(piece)
-                if announced is None:
-                    self._judge_unannounced(total)
-                self._tell("fetch", total, announced)
-        self._verify(total)
-        return total
+    def _stream(self) -> Stream:
+        return Stream(
+            self._source,
+            self._image,
+            algorithms=self._algorithms,
+            look=self._look,
+            check=lambda: self._watch.check("fetch"),
+        )
 
-    def _judge_unannounced(self, total: int) -> None:
-        """Of an image whose size nobody said, look again as it grows."""
-        if self._inspector.disk_format == "raw":
-            judge_size(round_up(total), self._image.image_id, self._request)
-        if total % _STEP == 0:
-            self._request.admit(_STEP, "fetch")
-
-    def _verify(self, total: int) -> None:
+    def _look(self, part: memoryview) -> None:
+        """Judge the bytes as they come; in the reading thread, so that a bad image is refused at once."""
         image_id = self._image.image_id
-        if total == 0:
+        self._inspector.feed(part)
+        self._total += len(part)
+        announced = self._image.size
+        if announced is not None and self._total > announced:
+            raise ImageCorruptError(f"{announced} bytes", f"at least {self._total}", image_id=image_id)
+        if not self._judged and self._inspector.virtual_size is not None:
+            judge_size(self._inspector.virtual_size, image_id, self._request)
+            self._judged = True
+        if announced is None and self._inspector.disk_format == "raw":
+            judge_size(round_up(self._total), image_id, self._request)
+        if self._total - self._told >= MIB:
+            self._told = self._total
+            self._tell("fetch", self._total, announced)
+
+    def _store(self, write_at: Callable[[int, memoryview], None]) -> None:
+        """Write the whole stream as it comes, holes for zeros."""
+        with self._stream() as stream:
+            self._write_pieces(stream, write_at)
+            self._verify(stream)
+
+    def _write_pieces(self, pieces: Iterable[memoryview], write_at: Callable[[int, memoryview], None]) -> None:
+        position = asked = 0
+        for piece in pieces:
+            write_runs(write_at, position, piece)
+            position += len(piece)
+            if self._image.size is None and position - asked >= _STEP:
+                # of an image whose size nobody said, look again as it grows
+                asked = position
+                self._request.admit(_STEP, "fetch")
+
+    def _verify(self, stream: Stream) -> None:
+        image_id = self._image.image_id
+        if self._total == 0:
             raise ImageRejectedError("it has no data", image_id=image_id, stage="verification")
-        if self._image.size is not None and total != self._image.size:
-            raise ImageCorruptError(f"{self._image.size} bytes", f"{total} bytes", image_id=image_id)
+        if self._image.size is not None and self._total != self._image.size:
+            raise ImageCorruptError(f"{self._image.size} bytes", f"{self._total} bytes", image_id=image_id)
+        self._digests = {algorithm: stream.digest(algorithm) for algorithm in self._algorithms}
         for wanted in (self._request.expect, self._image.digest):
             if wanted is not None:
-                actual = Digest(wanted.algorithm, self._hashes[wanted.algorithm].hexdigest())
+                actual = Digest(wanted.algorithm, self._digests[wanted.algorithm])
                 if actual != wanted:
                     raise ImageCorruptError(wanted, actual, image_id=image_id)
         self._inspector.finish()
         if self._inspector.virtual_size is not None:
             judge_size(self._inspector.virtual_size, image_id, self._request)
+        self._tell("fetch", self._total, self._image.size)
 
     def _evidence(self) -> tuple[Digest, Evidence]:
         if self._request.expect is not None:
             return self._request.expect, "expected"
         if self._image.digest is not None:
             return self._image.digest, self._image.digest_evidence
-        return Digest(_OWN_DIGEST, self._hashes[_OWN_DIGEST].hexdigest()), "unverified"
+        return Digest(_OWN_DIGEST, self._digests[_OWN_DIGEST]), "unverified"
 
-    # --- converting
+    # --- other formats become raw
+
+    def _make_raw(self, writer: BaseWriter, scratch: Path) -> str:
+        """Unpack the image into the writer as raw bytes; by which way, and why not by the short one."""
+        if self._inspector.disk_format != "qcow2":
+            with self._stream() as stream:
+                self._download_and_convert(stream, stream, scratch, writer)
+            return _CONVERTED
+        try:
+            with self._stream() as stream:
+                return self._decode_or_convert(stream, scratch, writer)
+        except SurpriseError as err:
+            _log.warning("image %s: fetching it again for qemu-img, since it has %s", self._image.image_id, err)
+            refusal = str(err)
+        writer.sync()  # no write of the first try may come after what follows
+        writer.set_size(0)
+        self._begin()
+        with self._stream() as stream:
+            self._download_and_convert(stream, stream, scratch, writer)
+        return f"{_CONVERTED}: {refusal}"
+
+    def _decode_or_convert(self, stream: Stream, scratch: Path, writer: BaseWriter) -> str:
+        """Go the one-pass way; or the long one, where the header tells that this one cannot be gone. Which, and why.
+
+        Raises:
+            SurpriseError: it turned out in the middle.
+        """
+        pieces = iter(stream)
+        first = next(pieces, memoryview(b""))
+        with Spool(scratch / "spool") as spool:
+            try:
+                header = _qcow2.parse_header(first[: _qcow2.HEADER_BYTES])
+                judge_size(header.virtual_size, self._image.image_id, self._request)
+                placer = Placer(writer, header.virtual_size)
+                decoding = Qcow2Placer(
+                    header,
+                    self._image.size,
+                    placer,
+                    spool,
+                    admit=lambda needed: self._request.admit(needed, "conversion"),
+                    check=lambda: self._watch.check("fetch"),
+                )
+            except (SurpriseError, _qcow2.Qcow2Error) as err:
+                self._download_and_convert(stream, chain([first], pieces), scratch, writer)
+                return f"{_CONVERTED}: {err}"
+            with decoding:
+                for piece in chain([first], pieces):
+                    decoding.feed(piece)
+                decoding.finish()
+        self._verify(stream)
+        self._size = header.virtual_size
+        writer.set_size(self._size)
+        sums = placer.sums()
+        if sums is not None:
+            writer.write_sums(sums)
+        return _DECODED
+
+    def _download_and_convert(
+        self, stream: Stream, pieces: Iterable[memoryview], scratch: Path, writer: BaseWriter
+    ) -> None:
+        download = scratch / "download"
+        fd = _fs.create(download, 0o600)
+        try:
+            self._write_pieces(pieces, lambda offset, data: _fs.write(fd, offset, data))
+            self._verify(stream)
+            _fs.truncate(fd, self._total)
+        finally:
+            os.close(fd)
+        self._size = self._convert(download, scratch / "converted", writer)
 
     def _convert(self, download: Path, converted: Path, writer: BaseWriter) -> int:
         """Unpack the download into the writer as raw bytes; the virtual size."""
@@ -253,18 +272,3 @@ class Ingest:
 def _is_verdict(err: CommandError) -> bool:
     """Whether qemu-img's end says something of the image: its own words, or a limit that the image drove it over."""
     return err.returncode is not None and (err.returncode > 0 or -err.returncode in {signal.SIGXCPU, signal.SIGXFSZ})
-
-
-def _pieces(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The stream in pieces of one MiB (the last may be shorter), so that zero blocks are aligned."""
-    pending = bytearray()
-    for chunk in chunks:
-        if not pending and len(chunk) == MIB:
-            yield chunk
-            continue
-        pending += chunk
-        while len(pending) >= MIB:
-            yield bytes(pending[:MIB])
-            del pending[:MIB]
-    if pending:
-        yield bytes(pending)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from io import FileIO
@@ -13,7 +13,18 @@ if TYPE_CHECKING:
 
 HEADER_BYTES = 112
 _MAGIC = b"QFI\xfb"
-_FIXED = struct.Struct(">4sIQIIQI")
+_FIXED = struct.Struct(">4sIQIIQIIQ")
+_V2_BYTES = 72
+_V3_BYTES = 104
+_LONGEST_NAME = 1023
+"""Bytes of a backing file's name, by the specification."""
+
+DIRTY = 1 << 0
+CORRUPT = 1 << 1
+COMPRESSION = 1 << 3
+"""Incompatible features: reference counts may be wrong; data may be; compressed clusters are not zlib's."""
+
+_COMPRESSIONS: dict[int, Literal["zlib", "zstd"]] = {0: "zlib", 1: "zstd"}
 
 
 class Qcow2Error(ValueError):
@@ -22,7 +33,11 @@ class Qcow2Error(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qcow2Header:
-    """What a qcow2 file says of itself. ``virtual_size`` and ``cluster_size`` in bytes."""
+    """What a qcow2 file says of itself. Sizes and offsets in bytes.
+
+    ``incompatible`` are the feature bits that a reader must know; ``compression`` is that of compressed clusters, None:
+    one that is not known here. The L1 table has ``l1_entries`` entries at ``l1_offset``.
+    """
 
     version: int
     virtual_size: int
@@ -31,6 +46,9 @@ class Qcow2Header:
     backing_length: int
     encrypted: bool
     incompatible: int
+    compression: Literal["zlib", "zstd"] | None
+    l1_entries: int
+    l1_offset: int
 
 
 def read_backing_name(file: BinaryIO | FileIO) -> str:
@@ -45,11 +63,26 @@ def read_backing_name(file: BinaryIO | FileIO) -> str:
         return ""
     if not header.backing_offset:
         return ""
-    # the specification allows 1023 bytes in the first cluster
-    if header.backing_length > 1023 or header.backing_offset > header.cluster_size:
+    if header.backing_length > _LONGEST_NAME or header.backing_offset > header.cluster_size:
         raise OSError(errno.EINVAL, "a qcow2 header whose backing file name is out of place")
     file.seek(header.backing_offset)
     return (file.read(header.backing_length) or b"").decode("utf-8", "surrogateescape")
+
+
+def with_backing_name(head: bytes, name: str) -> bytes:
+    """A header with another backing file's name; ``head`` is the first cluster of an overlay as qemu-img made it, up to
+    its last byte that is not zero: the name stands last in it.
+
+    Raises:
+        Qcow2Error: the name does not fit.
+    """
+    header = parse_header(head)
+    written = name.encode("utf-8", "surrogateescape")
+    if not 0 < len(written) <= _LONGEST_NAME or header.backing_offset + len(written) > header.cluster_size:
+        raise Qcow2Error(f"a backing file name of {len(written)} bytes does not fit")
+    changed = bytearray(head[: header.backing_offset].ljust(header.backing_offset, b"\0") + written)
+    struct.pack_into(">I", changed, 16, len(written))
+    return bytes(changed)
 
 
 def parse_header(data: bytes | bytearray | memoryview) -> Qcow2Header:
@@ -58,18 +91,23 @@ def parse_header(data: bytes | bytearray | memoryview) -> Qcow2Header:
     Raises:
         Qcow2Error: no qcow2, a version other than 2 and 3, or values outside the specification.
     """
-    if len(data) < 72 or bytes(data[:4]) != _MAGIC:
+    if len(data) < _V2_BYTES or bytes(data[:4]) != _MAGIC:
         raise Qcow2Error("no qcow2 header")
-    _magic, version, backing_offset, backing_length, cluster_bits, size, crypt = _FIXED.unpack_from(data)
+    _magic, version, backing_offset, backing_length, cluster_bits, size, crypt, l1_entries, l1_offset = (
+        _FIXED.unpack_from(data)
+    )
     if version not in (2, 3):
         raise Qcow2Error(f"qcow2 version {version}")
     if not 9 <= cluster_bits <= 21:
         raise Qcow2Error(f"cluster_bits {cluster_bits}")
-    incompatible = 0
+    incompatible = compression = 0
     if version == 3:
-        if len(data) < 104:
+        if len(data) < _V3_BYTES:
             raise Qcow2Error("short qcow2 header")
         (incompatible,) = struct.unpack_from(">Q", data, 72)
+        (length,) = struct.unpack_from(">I", data, 100)
+        if length > _V3_BYTES and len(data) > _V3_BYTES:
+            compression = data[_V3_BYTES]
     return Qcow2Header(
         version=version,
         virtual_size=size,
@@ -78,4 +116,7 @@ def parse_header(data: bytes | bytearray | memoryview) -> Qcow2Header:
         backing_length=backing_length,
         encrypted=crypt != 0,
         incompatible=incompatible,
+        compression=_COMPRESSIONS.get(compression),
+        l1_entries=l1_entries,
+        l1_offset=l1_offset,
     )

@@ -12,45 +12,68 @@ from nova_imagecache._models import BlockLocation, FileLocation
 from nova_imagecache.exceptions import BaseNotFoundError, DiskExistsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from nova_imagecache._guard import GuardedBackend
-    from nova_imagecache._models import BaseImage
+    from nova_imagecache._models import BaseImage, BaseRecord, Digest, Extent
+
+_STEP = 8192 * _sums.WIDTH
+"""How many sums are compared at a time."""
 
 
 def damage(backend: GuardedBackend, base: BaseImage, checkpoint: Callable[[], None]) -> str | None:
     """What is wrong with the base's bytes, None: nothing. Reads all of them."""
-    record = base.record
+    return damage_of(backend.read_base(base), base.record, lambda: backend.read_sums(base), checkpoint)
+
+
+def damage_of(
+    extents: Iterable[Extent],
+    record: BaseRecord,
+    read_sums: Callable[[], bytes | None],
+    checkpoint: Callable[[], None],
+) -> str | None:
+    """What is wrong with these bytes, as those of the base that the record is of; None: nothing.
+
+    The digest proves bytes that are the source's, the sums any others.
+    """
     if record.made_by == "stored":
-        return _compare_digest(backend, base, checkpoint)
-    sums = backend.read_sums(base)
+        return _compare_digest(extents, record, record.source_digest, checkpoint)
+    sums = read_sums()
     if sums is None:
         return "its checksums (disk.sums) are gone, so nothing proves its bytes"
     if len(sums) != _sums.WIDTH * -(-record.size // _sums.MIB):
         return "its checksums (disk.sums) are of another length than the base"
-    actual = bytearray(_sums.of_extents((), record.size))
-    for extent in backend.read_base(base):
+    return _compare_sums(extents, record, sums, checkpoint)
+
+
+def _compare_sums(
+    extents: Iterable[Extent], record: BaseRecord, sums: bytes, checkpoint: Callable[[], None]
+) -> str | None:
+    actual = _sums.of_extents((), record.size)
+    for extent in extents:
         checkpoint()
         if extent.offset + len(extent.data) > record.size:
             return f"it is longer than the {record.size} bytes that were published"
         index = extent.offset // _sums.MIB
         actual[index * _sums.WIDTH : (index + 1) * _sums.WIDTH] = _sums.of_piece(extent.data)
-    for index in range(len(sums) // _sums.WIDTH):
-        place = slice(index * _sums.WIDTH, (index + 1) * _sums.WIDTH)
-        if actual[place] != sums[place]:
-            return f"its bytes differ at MiB {index}"
+    for start in range(0, len(sums), _STEP):
+        if bytes(actual[start : start + _STEP]) != sums[start : start + _STEP]:
+            places = range(start, start + _STEP, _sums.WIDTH)
+            wrong = next(at for at in places if actual[at : at + _sums.WIDTH] != sums[at : at + _sums.WIDTH])
+            return f"its bytes differ at MiB {wrong // _sums.WIDTH}"
     return None
 
 
-def _compare_digest(backend: GuardedBackend, base: BaseImage, checkpoint: Callable[[], None]) -> str | None:
-    record = base.record
-    if record.source_digest is None:
+def _compare_digest(
+    extents: Iterable[Extent], record: BaseRecord, digest: Digest | None, checkpoint: Callable[[], None]
+) -> str | None:
+    if digest is None:
         return None
-    hasher = hashlib.new(record.source_digest.algorithm, usedforsecurity=False)
+    hasher = hashlib.new(digest.algorithm, usedforsecurity=False)
     zeros = bytes(_sums.MIB)
     position = 0
-    for extent in backend.read_base(base):
+    for extent in extents:
         checkpoint()
         while position < extent.offset:
             step = min(_sums.MIB, extent.offset - position)
@@ -64,9 +87,19 @@ def _compare_digest(backend: GuardedBackend, base: BaseImage, checkpoint: Callab
         step = min(_sums.MIB, record.size - position)
         hasher.update(zeros[:step])
         position += step
-    if hasher.hexdigest() != record.source_digest.value:
-        return f"its bytes have another {record.source_digest.algorithm} digest than the image"
+    if hasher.hexdigest() != digest.value:
+        return f"its bytes have another {digest.algorithm} digest than the image"
     return None
+
+
+def is_ours(base: BaseImage) -> bool:
+    """Whether nobody else can change the base's bytes: who owns a file can, whatever its mode. One that is gone is."""
+    if not isinstance(base.location, FileLocation):
+        return True
+    try:
+        return os.stat(base.location.path).st_uid == os.geteuid()  # noqa: PTH116 - one call
+    except FileNotFoundError:
+        return True
 
 
 def copy_out(backend: GuardedBackend, base: BaseImage, path: Path) -> None:

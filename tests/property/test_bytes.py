@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from nova_imagecache import _sums
 from nova_imagecache._extents import data_extents, nonzero_runs, read_extents
-from nova_imagecache._ingest import _pieces
 from nova_imagecache._models import round_up
 
 KIB = 1 << 10
@@ -76,20 +75,6 @@ class TestRuns:
                 assert any(piece[start : start + 4096])
             last = offset + len(piece)
             assert last % 4096 == 0 or last == len(buffer)
-
-    @given(BUFFERS, st.lists(st.integers(1, 100_000), min_size=1, max_size=4))
-    def test_the_chunks_of_a_stream_do_not_matter(self, buffer: bytes, cuts: list[int]) -> None:
-        """A stream in any chunks gives the same pieces of one MiB."""
-        data = buffer * 3
-        chunks, position, index = [], 0, 0
-        while position < len(data):
-            step = cuts[index % len(cuts)]
-            chunks.append(data[position : position + step])
-            position, index = position + step, index + 1
-        pieces = list(_pieces(chunks))
-        assert b"".join(pieces) == data
-        assert all(len(piece) == MIB for piece in pieces[:-1])
-        assert not pieces or 0 < len(pieces[-1]) <= MIB
 
 
 class TestFiles:

@@ -422,3 +422,14 @@ def test_random_suffixes_differ() -> None:
     suffixes = {_fs.random_suffix() for _ in range(100)}
     assert len(suffixes) == 100
     assert all(len(suffix) == 16 and int(suffix, 16) >= 0 for suffix in suffixes)
+
+
+def test_writeback_changes_nothing(tmp_path: Path) -> None:
+    """It is a hint: bytes, size and holes stay; a range beyond the file is none."""
+    fd = _fs.create(tmp_path / "x", 0o600)
+    _fs.write(fd, 1 << 20, b"x" * 8192)
+    for offset, length in ((0, 0), (1 << 20, 8192), (1 << 40, 1)):
+        _fs.start_writeback(fd, offset, length)
+    os.close(fd)
+    assert (tmp_path / "x").read_bytes() == bytes(1 << 20) + b"x" * 8192
+    assert (tmp_path / "x").stat().st_blocks * 512 <= 16384

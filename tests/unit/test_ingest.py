@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+import subprocess
+import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -12,11 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from nova_imagecache import _fs
+from harness import qcow2
+from harness.images import bomb
+from nova_imagecache import _fs, _sums
+from nova_imagecache._admission import Request, admit_metadata, base_format
 from nova_imagecache._guard import GuardedSource
-from nova_imagecache._ingest import Ingest, Request, admit_metadata, base_format
+from nova_imagecache._ingest import Ingest
 from nova_imagecache._inspect import INSPECTOR_VERSION
 from nova_imagecache._models import BaseRecord, Digest, ImageInfo, round_up
+from nova_imagecache._stream import PIECE
 from nova_imagecache._watch import Watch
 from nova_imagecache.backends import BackendPaths, BaseWriter
 from nova_imagecache.backends.file import FileBackend
@@ -112,8 +118,14 @@ class WithoutPath(BaseWriter):
         self.inner.set_size(size)
 
     def write_at(self, offset: int, buffer: bytes | bytearray | memoryview) -> None:
-        assert offset // MIB == (offset + len(buffer) - 1) // MIB
+        assert offset // PIECE == (offset + len(buffer) - 1) // PIECE
         self.inner.write_at(offset, buffer)
+
+    def read_at(self, offset: int, length: int) -> bytes | None:
+        return self.inner.read_at(offset, length)
+
+    def write_sums(self, sums: bytes | memoryview) -> None:
+        self.inner.write_sums(sums)
 
     def sync(self) -> None:
         self.inner.sync()
@@ -206,9 +218,9 @@ def test_other_formats_are_converted_to_raw(bench: Bench, kind: str, path: bool)
     assert bench.staged.read_bytes() == RAW
     assert (record.format, record.virtual_size, record.size) == ("raw", SIZE, SIZE)
     assert (record.source_format, record.source_size) == (declared, len(data))
-    assert record.made_by == "qemu-img convert"
+    assert record.made_by == ("qcow2 decoder" if declared == "qcow2" else "qemu-img convert")
     assert allocated(bench.staged) < MIB
-    assert not (bench.scratch / "download").exists()
+    assert list(bench.scratch.glob("[ds]*")) == []
 
 
 def test_a_converted_base_has_its_sums(bench: Bench) -> None:
@@ -253,6 +265,91 @@ def test_the_bases_format_is_the_wanted_or_the_images_own(
 ) -> None:
     """Where the storage can hold it; else raw."""
     assert base_format(declared, wanted, possible) == expected
+
+
+# --- one pass, and what cannot be done in one -----------------------------------------------------------------------
+
+
+def sums_of(data: bytes) -> bytes:
+    return b"".join(_sums.of_piece(data[at : at + MIB]) for at in range(0, len(data), MIB))
+
+
+@pytest.mark.parametrize("options", [(), ("-c",), ("-c", "-o", "compression_type=zstd"), ("-o", "compat=0.10")])
+def test_a_qcow2_image_is_unpacked_in_one_pass(bench: Bench, options: tuple[str, ...]) -> None:
+    """No qemu-img, no copy of the download: what is written is the base, and the little that no table has named yet."""
+    data = images.converted(bench.path, "qcow2", *options, size=32 * MIB)
+    with FaultPlan() as plan:
+        record = bench.run(FakeImage(data=data, disk_format="qcow2"))
+    assert record.made_by == "qcow2 decoder"
+    assert "exec.run" not in {step.name for step in plan.trace}
+    expected = images.guest_data(32 * MIB)
+    assert bench.staged.read_bytes() == expected
+    assert (bench.staged.parent / "disk.sums").read_bytes() == sums_of(expected)
+    assert bench.source.opens == 1
+
+
+def test_a_table_at_the_end_changes_nothing(bench: Bench) -> None:
+    """A guest's disk that was grown: its first table moved behind all data, which is kept and placed late."""
+    path = bench.path / "grown"
+    images.qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, str(8 * MIB))
+    writes = [x for n in range(7) for x in ("-c", f"write -P {n + 1} {(n * 5 % 7) * MIB + n * 4096} 700k")]
+    subprocess.run(["qemu-io", "-t", "unsafe", "-f", "qcow2", *writes, str(path)], check=True, capture_output=True)
+    images.qemu_img("resize", "-q", "-f", "qcow2", path, str(48 * MIB))
+    images.qemu_img("convert", "-f", "qcow2", "-O", "raw", path, bench.path / "raw")
+    expected = (bench.path / "raw").read_bytes()
+    record = bench.run(FakeImage(data=path.read_bytes(), disk_format="qcow2"))
+    assert (record.made_by, record.virtual_size) == ("qcow2 decoder", 48 * MIB)
+    assert bench.staged.read_bytes() == expected
+    assert (bench.staged.parent / "disk.sums").read_bytes() == sums_of(expected)
+
+
+@pytest.mark.parametrize("path", [True, False], ids=["path", "write_at"])
+def test_what_the_header_tells_is_converted_by_qemu_img_at_once(bench: Bench, path: bool) -> None:
+    """Or what is not told at all: fetched once, and the record says why the long way was gone."""
+    data = images.converted(bench.path, "qcow2")
+    record = bench.run(FakeImage(data=data, disk_format="qcow2", size=None), path=path)
+    assert record.made_by == "qemu-img convert: a length that is not announced"
+    assert bench.staged.read_bytes() == RAW
+    assert bench.source.opens == 1
+
+
+@pytest.mark.parametrize("path", [True, False], ids=["path", "write_at"])
+def test_a_surprise_in_the_middle_costs_a_second_fetch(bench: Bench, path: bool) -> None:
+    """Two guest clusters that share one of the file: QEMU reads them, the decoder cannot prove what they mean."""
+    made = qcow2.make(qcow2.Layout(cluster_bits=16, kinds=("plain",) * 100))
+    file = bytearray(made.file)
+    l2 = made.tables[2][0]
+    file[l2 + 8 * 99 : l2 + 8 * 100] = file[l2 + 8 * 3 : l2 + 8 * 4]
+    record = bench.run(FakeImage(data=bytes(file), disk_format="qcow2"), path=path)
+    assert record.made_by == "qemu-img convert: a data cluster where something else lies"
+    expected = made.guest[: 99 * 65536] + made.guest[3 * 65536 : 4 * 65536]
+    assert bench.staged.read_bytes() == expected
+    assert (bench.staged.parent / "disk.sums").read_bytes() == sums_of(expected)
+    assert bench.source.opens == 2
+
+
+def test_a_damaged_compressed_cluster_is_a_rejected_image(bench: Bench) -> None:
+    """The decoder is surprised, qemu-img is asked, and its verdict is the error."""
+    made = qcow2.make(qcow2.Layout(cluster_bits=16, kinds=("packed",) * 40))
+    file = bytearray(made.file)
+    first = max(at for at, _length in made.tables) + 65536
+    file[first:] = b"\xff" * (len(file) - first)
+    with pytest.raises(ImageRejectedError, match="qemu-img cannot convert it"):
+        bench.run(FakeImage(data=bytes(file), disk_format="qcow2"))
+    assert bench.source.opens == 2
+
+
+def test_without_the_fast_libraries_the_standard_one_unpacks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deflate by zlib where isal is not; where zstandard is not, qemu-img, and the record says so."""
+    monkeypatch.setitem(sys.modules, "isal", None)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    data = images.converted(bench.path, "qcow2", "-c")
+    assert bench.run(FakeImage(data=data, disk_format="qcow2")).made_by == "qcow2 decoder"
+    assert bench.staged.read_bytes() == RAW
+    data = images.converted(bench.path, "qcow2", "-c", "-o", "compression_type=zstd")
+    record = bench.run(FakeImage(data=data, disk_format="qcow2"))
+    assert record.made_by == "qemu-img convert: zstd, and the package zstandard is not installed"
+    assert bench.staged.read_bytes() == RAW
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------
@@ -395,27 +492,39 @@ def test_a_raw_stream_of_unknown_length_stops_at_the_limit(bench: Bench) -> None
         assert bench.staged.stat().st_size <= SIZE + MIB
 
 
-def test_room_is_asked_for_before_the_fetch_and_before_the_conversion(bench: Bench) -> None:
+@pytest.mark.parametrize("kind", ["qcow2", "vmdk"])
+def test_room_is_asked_for_before_the_fetch_and_before_the_conversion(bench: Bench, kind: str) -> None:
     """First what is announced, then what it unpacks to."""
     asks: list[tuple[int, str]] = []
-    data = images.converted(bench.path, "qcow2", "-c")
-    bench.run(
-        FakeImage(data=data, disk_format="qcow2"), asked(admit=lambda needed, stage: asks.append((needed, stage)))
-    )
+    data = bomb(8 * MIB) if kind == "qcow2" else images.converted(bench.path, kind)
+    bench.run(FakeImage(data=data, disk_format=kind), asked(admit=lambda needed, stage: asks.append((needed, stage))))
     assert asks[0] == (len(data), "admission")
     assert [stage for _, stage in asks] == ["admission", "conversion"]
-    assert 128 * KIB <= asks[1][0] < MIB
+    if kind == "qcow2":
+        assert asks[1][0] == 8 * MIB
+    else:
+        assert 128 * KIB <= asks[1][0] < MIB
 
 
-def test_no_room_for_the_conversion_ends_before_it(bench: Bench) -> None:
+def test_an_image_that_unpacks_to_less_than_its_length_asks_once(bench: Bench) -> None:
+    """What was promised for the fetch is enough for the base."""
+    asks: list[int] = []
+    data = images.converted(bench.path, "qcow2")
+    bench.run(FakeImage(data=data, disk_format="qcow2"), asked(admit=lambda needed, _stage: asks.append(needed)))
+    assert asks == [len(data)]
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "vmdk"])
+def test_no_room_for_the_conversion_ends_before_it(bench: Bench, kind: str) -> None:
     """Nothing is unpacked that does not fit."""
 
     def admit(needed: int, stage: str) -> None:
         if stage == "conversion":
             raise NoSpaceError(needed=needed, free=0, stage=stage)
 
+    data = bomb(64 * MIB) if kind == "qcow2" else images.converted(bench.path, kind)
     with pytest.raises(NoSpaceError):
-        bench.run(FakeImage(data=images.converted(bench.path, "qcow2"), disk_format="qcow2"), asked(admit=admit))
+        bench.run(FakeImage(data=data, disk_format=kind), asked(admit=admit))
     assert allocated(bench.staged) == 0
 
 
@@ -478,9 +587,9 @@ def test_deadline_and_cancel_end_a_stream_that_stalls(bench: Bench, stall_after:
 
 
 def test_progress_grows_to_the_end(bench: Bench) -> None:
-    """In bytes of what was announced, then of what it unpacks to."""
-    data = images.converted(bench.path, "qcow2")
-    bench.run(FakeImage(data=data, disk_format="qcow2"))
+    """In bytes of what was announced, then of what it unpacks to where qemu-img does that."""
+    data = images.converted(bench.path, "vmdk")
+    bench.run(FakeImage(data=data, disk_format="vmdk"))
     fetched = [done for stage, done, _ in bench.told if stage == "fetch"]
     assert fetched == sorted(fetched)
     assert fetched[-1] == len(data)

@@ -1,0 +1,208 @@
+"""Puts guest bytes where they belong in a base: zeros left out, checksums made on the way, clusters unpacked."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Self
+
+from nova_imagecache import _extents, _fs, _sums
+from nova_imagecache._decoder import Decoder, Keep, Plain
+from nova_imagecache._inflate import PackedError, unpacker
+from nova_imagecache._packed import Packed, SurpriseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from nova_imagecache._qcow2 import Qcow2Header
+    from nova_imagecache.backends import BaseWriter
+
+MIB = 1 << 20
+_BATCH = 2 * MIB
+"""Bytes of the guest that one thread unpacks at a time, and that are then written at once."""
+
+_PART = 4 * MIB
+"""A write does not cross a multiple of this: it is an object of Ceph's, and no filesystem is slower for more."""
+
+_MOST_THREADS = 4
+
+
+class Placer:
+    """Takes bytes of the guest to a writer. ``placed`` counts them, zeros included."""
+
+    def __init__(self, writer: BaseWriter, size: int) -> None:
+        self._writer = writer
+        self._sums = _sums.Running(size)
+        self.placed = 0
+
+    def put(self, offset: int, data: bytes | memoryview) -> None:
+        """Write what is not zeros. Buffers may be used again when this returns."""
+        write_runs(self._writer.write_at, offset, data)
+        self._sums.add(offset, data)
+        self.placed += len(data)
+
+    def sums(self) -> memoryview | None:
+        """The checksums of all MiBs; those whose bytes came out of order are read back. None: they cannot be."""
+        for offset, length in self._sums.missing():
+            data = self._writer.read_at(offset, length)
+            if data is None:
+                return None
+            self._sums.set(offset, data)
+        return self._sums.digest()
+
+
+def write_runs(write_at: Callable[[int, memoryview], None], offset: int, data: bytes | memoryview) -> None:
+    """Write what is not zeros of ``data``, in parts that do not cross a boundary of 4 MiB."""
+    for start, run in _extents.nonzero_runs(data):
+        at, rest = offset + start, run
+        while rest:
+            step = _PART - at % _PART
+            write_at(at, rest[:step])
+            at, rest = at + step, rest[step:]
+
+
+class Spool:
+    """A sparse file of bytes of the source, by their place in it; made when first needed. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_failure: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            _fs.unlink(self._path)
+
+    def keep(self, offset: int, data: memoryview) -> None:
+        """Keep the bytes."""
+        if self._fd < 0:
+            self._fd = _fs.create(self._path, 0o600)
+        write_runs(lambda at, run: _fs.write(self._fd, at, run), offset, data)
+
+    def recall(self, offset: int, length: int) -> bytes:
+        """Bytes that were kept."""
+        return os.pread(self._fd, length, offset).ljust(length, b"\0")
+
+
+class Qcow2Placer:
+    """A qcow2 file on its way into a writer as raw bytes; use it as a context manager.
+
+    ``spool`` takes bytes of the file whose meaning is not known yet. ``admit(bytes)`` is asked before more is placed
+    than the file is long: its tables tell what it unpacks to before it is unpacked. ``check()`` is asked all the time;
+    what it raises ends the work. Compressed clusters are unpacked by
+    threads, a few MiB ahead, and placed in the file's order.
+
+    Raises:
+        SurpriseError: the header tells that this file cannot be decoded here.
+    """
+
+    def __init__(
+        self,
+        header: Qcow2Header,
+        file_size: int | None,
+        placer: Placer,
+        spool: Spool,
+        *,
+        admit: Callable[[int], None],
+        check: Callable[[], None],
+    ) -> None:
+        if file_size is None:
+            raise SurpriseError("a length that is not announced")
+        self._decoder = Decoder(header, file_size, spool.recall)
+        self._placer = placer
+        self._spool = spool
+        self._admit = admit
+        self._check = check
+        self._admitted = file_size
+        self._size = header.virtual_size
+        self._cluster = header.cluster_size
+        try:
+            self._unpack = unpacker(header.compression or "zlib", header.cluster_size)
+        except PackedError as err:
+            raise SurpriseError(str(err)) from err
+        self._threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+        self._pool: ThreadPoolExecutor | None = None
+        self._batch: list[Plain | Packed] = []
+        self._weight = 0  # of the batch, in bytes of the guest
+        self._batches: deque[Future[list[tuple[int, bytes]]]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_failure: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def feed(self, piece: memoryview) -> None:
+        """Place the next bytes of the file.
+
+        Raises:
+            SurpriseError: the file cannot be decoded; what was placed is worth nothing.
+        """
+        for found in self._decoder.feed(piece):
+            self._check()
+            if self._decoder.planned > self._admitted:
+                self._admitted = self._decoder.planned
+                self._admit(self._admitted - self._placer.placed)
+            if isinstance(found, Keep):
+                self._spool.keep(found.offset, found.data)
+            elif isinstance(found, Plain) and not self._batch and not self._batches:
+                self._placer.put(found.guest, found.data)
+            elif isinstance(found, Plain):
+                # behind what is being unpacked, so that checksums are made in order
+                self._queue(Plain(found.guest, memoryview(bytes(found.data))))
+            else:
+                self._queue(found)
+
+    def finish(self) -> None:
+        """The file has ended; all is placed when this returns.
+
+        Raises:
+            SurpriseError: as ``feed``.
+        """
+        self._decoder.finish()
+        self._submit()
+        while self._batches:
+            self._place_first()
+
+    def _queue(self, found: Plain | Packed) -> None:
+        self._batch.append(found)
+        self._weight += len(found.data) if isinstance(found, Plain) else self._cluster
+        if self._weight >= _BATCH:
+            self._submit()
+        while len(self._batches) > 2 * self._threads or (self._batches and self._batches[0].done()):
+            self._place_first()
+
+    def _submit(self) -> None:
+        if self._batch:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._threads, "unpack")
+            self._batches.append(self._pool.submit(self._unpacked, self._batch))
+            self._batch, self._weight = [], 0
+
+    def _unpacked(self, batch: list[Plain | Packed]) -> list[tuple[int, bytes]]:
+        """The clusters' bytes, neighbours in one piece."""
+        runs: list[tuple[int, list[bytes | memoryview]]] = []
+        end = -1
+        for found in batch:
+            data = found.data if isinstance(found, Plain) else self._unpack(found.data)
+            if found.guest != end:
+                runs.append((found.guest, []))
+            runs[-1][1].append(data)
+            end = found.guest + len(data)
+        return [(guest, b"".join(parts)) for guest, parts in runs]
+
+    def _place_first(self) -> None:
+        self._check()
+        try:
+            batch = self._batches.popleft().result()
+        except PackedError as err:
+            raise SurpriseError(str(err)) from err
+        for guest, data in batch:
+            self._placer.put(guest, memoryview(data)[: self._size - guest])

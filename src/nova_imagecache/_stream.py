@@ -1,0 +1,171 @@
+"""A source's bytes in large pieces, hashed on the way: three threads, one after the other, over a ring of buffers.
+
+The first reads and looks (is this what was announced?), the second hashes, the caller takes the pieces. Each works on
+another buffer of the ring, and reading, hashing and writing all run without Python's lock: a fetch takes as long as the
+slowest of them, and the ring is all the memory it needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from nova_imagecache.exceptions import SourceUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from types import TracebackType
+
+    from nova_imagecache._guard import GuardedSource
+    from nova_imagecache._models import ImageInfo
+
+MIB = 1 << 20
+PIECE = 4 * MIB
+"""Twice the largest cluster of a qcow2 file, so that a piece holds whole ones."""
+
+_RING = 5
+_POLL = 0.1
+_PATIENCE = 0.5
+"""Seconds for the threads to end; one that hangs in its source is left behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    buffer: bytearray
+    length: int
+
+
+_Item = _Filled | BaseException | None
+
+
+class Stream:
+    """The image's bytes as pieces of 4 MiB (the last may be shorter); iterate inside the context.
+
+    A piece is the caller's until it asks for the next one. ``look`` is called in the reading thread with all bytes, as
+    they come, at most 1 MiB at a time; what it raises ends the stream. ``check`` is called before every piece and ten
+    times a second while none comes; what it raises ends the waiting: a thread that hangs in its source is left behind,
+    and ends with the source's own read time-out.
+    """
+
+    def __init__(
+        self,
+        source: GuardedSource,
+        image: ImageInfo,
+        *,
+        algorithms: Iterable[str],
+        look: Callable[[memoryview], None],
+        check: Callable[[], None],
+    ) -> None:
+        self._source = source
+        self._image = image
+        self._look = look
+        self._check = check
+        self._hashes = {algorithm: hashlib.new(algorithm, usedforsecurity=False) for algorithm in algorithms}
+        self._empty: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        self._read: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._hashed: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._made = 0
+        self._threads = [
+            threading.Thread(target=target, name=f"{what}-{image.image_id}", daemon=True)
+            for what, target in (("fetch", self._fill), ("hash", self._hash))
+        ]
+
+    def digest(self, algorithm: str) -> str:
+        """The hexadecimal digest of all bytes; after the last piece."""
+        return self._hashes[algorithm].hexdigest()
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        until = time.monotonic() + _PATIENCE
+        for thread in self._threads:
+            thread.join(timeout=max(0.0, until - time.monotonic()))
+
+    def __iter__(self) -> Iterator[memoryview]:
+        while True:
+            self._check()
+            try:
+                item = self._hashed.get(timeout=_POLL)
+            except queue.Empty:
+                if not self._threads[-1].is_alive() and self._hashed.empty():
+                    text = "the reading thread ended early"
+                    raise SourceUnavailableError(text, image_id=self._image.image_id) from None
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            with memoryview(item.buffer) as whole, whole[: item.length] as piece:
+                yield piece
+            self._empty.put(item.buffer)
+
+    # --- in the reading thread
+
+    def _fill(self) -> None:
+        last: _Item = None
+        try:
+            self._fill_pieces()
+        except BaseException as err:  # noqa: BLE001 - handed to the thread that waits; reason: it must hear of anything
+            last = err
+        self._read.put(last)
+
+    def _fill_pieces(self) -> None:
+        buffer, length = self._buffer(), 0
+        with self._source.open(self._image) as chunks:
+            for part in _parts(chunks):
+                self._look(part)
+                rest = part
+                while rest and buffer is not None:
+                    taken = rest[: PIECE - length]
+                    buffer[length : length + len(taken)] = taken
+                    length += len(taken)
+                    rest = rest[len(taken) :]
+                    if length == PIECE:
+                        self._read.put(_Filled(buffer, length))
+                        buffer, length = self._buffer(), 0
+                if buffer is None:
+                    return
+        if length and buffer is not None:
+            self._read.put(_Filled(buffer, length))
+
+    def _buffer(self) -> bytearray | None:
+        """An empty buffer, None: nobody wants any more."""
+        if self._made < _RING and self._empty.empty():
+            self._made += 1
+            return bytearray(PIECE)
+        while not self._stop.is_set():
+            try:
+                return self._empty.get(timeout=_POLL)
+            except queue.Empty:
+                continue
+        return None
+
+    # --- in the hashing thread
+
+    def _hash(self) -> None:
+        while isinstance(item := self._read.get(), _Filled):
+            if not self._stop.is_set():
+                with memoryview(item.buffer) as whole, whole[: item.length] as piece:
+                    for hasher in self._hashes.values():
+                        hasher.update(piece)
+            self._hashed.put(item)
+        self._hashed.put(item)
+
+
+def _parts(chunks: Iterable[bytes]) -> Iterator[memoryview]:
+    """The chunks of a source, which may be of any size, at most 1 MiB at a time."""
+    for chunk in chunks:
+        view = memoryview(chunk)
+        for start in range(0, len(view), MIB):
+            yield view[start : start + MIB]

@@ -1,0 +1,124 @@
+"""A source's bytes come whole, hashed and in large pieces, in bounded memory, and end at the first trouble."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from harness.waiting import until
+from nova_imagecache._guard import GuardedSource
+from nova_imagecache._models import ImageInfo
+from nova_imagecache._stream import MIB, PIECE, Stream
+from nova_imagecache.exceptions import SourceUnavailableError
+from nova_imagecache.testing import FakeImage, FakeSource
+
+DATA = random.Random(4).randbytes(9 * MIB + 12345)
+
+
+def no(_part: memoryview | None = None) -> None:
+    """Nothing to look at, nothing to say."""
+
+
+def stream(source: FakeSource, **changes: object) -> Stream:
+    known: dict[str, object] = {"algorithms": ["sha256", "md5"], "look": no, "check": no}
+    return Stream(GuardedSource(source), source.get("img"), **(known | changes))  # type: ignore[arg-type]  # test data
+
+
+def source(data: bytes = DATA, chunk: int = MIB, **changes: object) -> FakeSource:
+    made = FakeSource(chunk_size=chunk)
+    made.add("img", FakeImage(data=data, **changes))  # type: ignore[arg-type]  # test data
+    return made
+
+
+@pytest.mark.parametrize("chunk", [4000, 65536, MIB, MIB + 1, PIECE, 64 * MIB])
+def test_pieces_are_full_but_for_the_last(chunk: int) -> None:
+    """Whatever the source's chunks are; every digest is of all bytes."""
+    with stream(source(chunk=chunk)) as pieces:
+        found = [bytes(piece) for piece in pieces]
+        assert b"".join(found) == DATA
+        assert [len(piece) for piece in found[:-1]] == [PIECE] * (len(found) - 1)
+        assert pieces.digest("sha256") == hashlib.sha256(DATA).hexdigest()
+        assert pieces.digest("md5") == hashlib.md5(DATA, usedforsecurity=False).hexdigest()
+
+
+def test_nothing_is_no_piece() -> None:
+    """An empty image has none."""
+    with stream(source(b"", size=0)) as pieces:
+        assert list(pieces) == []
+
+
+def test_bytes_are_looked_at_as_they_come() -> None:
+    """Before a piece is full, at most 1 MiB at a time; what is raised then ends the reading at once."""
+    served = source()
+    seen: list[int] = []
+
+    def look(part: memoryview) -> None:
+        seen.append(len(part))
+        if sum(seen) > MIB:
+            raise ValueError("bad")
+
+    with stream(served, look=look) as pieces, pytest.raises(ValueError, match="bad"):
+        list(pieces)
+    assert max(seen) <= MIB
+    assert served.bytes_served <= 3 * MIB
+
+
+def test_a_slow_caller_holds_the_source_up() -> None:
+    """Of a long stream no more is read than the ring holds, and the digests are right all the same."""
+    data = DATA * 8
+    served = source(data)
+    with stream(served) as pieces:
+        iterator = iter(pieces)
+        next(iterator)
+        time.sleep(0.3)
+        assert served.bytes_served <= 6 * PIECE
+        for _piece in iterator:
+            pass
+        assert pieces.digest("sha256") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_stream_that_breaks_says_so() -> None:
+    """After the pieces that came."""
+    with stream(source(break_after=5 * MIB)) as pieces, pytest.raises(SourceUnavailableError):
+        list(pieces)
+
+
+def test_leaving_early_ends_the_threads() -> None:
+    """None is left behind, whether it reads, hashes or waits for room."""
+    before = set(threading.enumerate())
+    for taken in (0, 1, 3):
+        with stream(source(DATA * 8)) as pieces:
+            for _number, _piece in zip(range(taken), pieces, strict=False):
+                pass
+        until(lambda: set(threading.enumerate()) <= before, "the threads to end")
+
+
+def test_waiting_is_checked_while_nothing_comes() -> None:
+    """A deadline or a cancel is seen although the source hangs."""
+    release = threading.Event()
+
+    class Hanging(FakeSource):
+        @contextmanager
+        def open(self, image: ImageInfo, offset: int = 0) -> Iterator[Iterator[bytes]]:
+            release.wait(30)
+            yield iter(())
+
+    hanging = Hanging()
+    hanging.add("img", FakeImage(data=DATA))
+    until_ = time.monotonic() + 0.3
+
+    def check() -> None:
+        if time.monotonic() > until_:
+            raise TimeoutError("enough")
+
+    try:
+        with stream(hanging, check=check) as pieces, pytest.raises(TimeoutError):
+            list(pieces)
+    finally:
+        release.set()
