@@ -8,22 +8,49 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import stat
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _fs
 from nova_imagecache.exceptions import LockTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
 _log = logging.getLogger(__name__)
 _POLL = 0.005
+_LOOK = 0.25
 _LONGEST = 120.0
-"""Seconds: a copy of a large base into a disk is the longest work under a hold that somebody waits for."""
+"""Seconds without progress, for whoever waits outside of a call that says it better."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Patience:
+    timeout: float
+    check: Callable[[], None] | None
+
+
+_patience: ContextVar[_Patience | None] = ContextVar("patience", default=None)
+"""The running call's. A backend's methods know nothing of a call's deadline, and yet it is they that wait."""
+
+
+@contextmanager
+def patience(timeout: float, check: Callable[[], None] | None) -> Iterator[None]:
+    """How long this thread waits for holds while the block runs: ``timeout`` seconds for a holder without progress.
+
+    ``check`` is called while it waits; what it raises ends the waiting.
+    """
+    token = _patience.set(_Patience(timeout, check))
+    try:
+        yield
+    finally:
+        _patience.reset(token)
 
 
 class Held:
@@ -45,10 +72,12 @@ class Held:
 def hold(path: Path, *, wait: bool) -> Held | None:
     """A hold on the directory; None if another holds it (``wait=False``) or it is not there.
 
+    Waits as ``patience`` says.
+
     Raises:
-        LockTimeoutError: another holds it for longer than such work takes; it may be stopped.
+        LockTimeoutError: another holds it and makes no progress; it may be stopped.
     """
-    start = time.monotonic()
+    waiting: _Waiting | None = None
     while True:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -62,9 +91,8 @@ def hold(path: Path, *, wait: bool) -> Held | None:
             os.close(fd)
             if not wait:
                 return None
-            if (waited := time.monotonic() - start) > _LONGEST:
-                raise LockTimeoutError(str(path), waited, stage="holding a disk's directory") from None
-            time.sleep(_POLL)
+            waiting = _Waiting(path) if waiting is None else waiting
+            waiting.wait()
             continue
         except BaseException:
             os.close(fd)
@@ -72,17 +100,59 @@ def hold(path: Path, *, wait: bool) -> Held | None:
         os.close(fd)  # removed while we looked: look again by name
 
 
+class _Waiting:
+    """For the holder of a directory. What changes in it, or one level below, is progress: the clock starts again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._patience = _patience.get() or _Patience(_LONGEST, None)
+        self._marks = _marks(path)
+        self._since = self._looked = time.monotonic()
+
+    def wait(self) -> None:
+        """Sleep a little."""
+        if self._patience.check is not None:
+            self._patience.check()
+        now = time.monotonic()
+        if now - self._looked > _LOOK:
+            self._looked = now
+            if (marks := _marks(self._path)) != self._marks:
+                self._marks, self._since = marks, now
+        if (waited := now - self._since) > self._patience.timeout:
+            raise LockTimeoutError(str(self._path), waited, stage="holding a disk's directory")
+        time.sleep(_POLL)
+
+
+def _marks(path: Path, depth: int = 2) -> frozenset[tuple[str, int, int, int]]:
+    """Names, lengths, blocks and times of what stands in a directory: what a copy in the making changes."""
+    found = set()
+    for name in names(path):
+        below = path / name
+        with suppress(OSError):  # gone meanwhile, or not ours to see
+            status = below.lstat()
+            found.add((str(below), status.st_size, status.st_blocks, status.st_mtime_ns))
+            if depth > 1 and stat.S_ISDIR(status.st_mode):
+                found |= _marks(below, depth - 1)
+    return frozenset(found)
+
+
 @contextmanager
 def held(path: Path) -> Iterator[bool]:
-    """Wait for and keep a hold on the directory while the block runs; whether it was made now.
+    """Wait for and keep a hold on the directory while the block runs; whether it was made now, by us or by another who
+    came at the same time.
+
+    The name of one that was made is durable when the caller has synced its parent.
 
     Raises:
-        LockTimeoutError: another holds it for longer than such work takes.
+        LockTimeoutError: another holds it and makes no progress.
     """
     made = False
     while True:
         made = not path.is_dir()
-        _fs.make_dirs(path, 0o755)
+        if made:
+            _fs.make_dirs(path.parent, 0o755)
+            with suppress(FileExistsError):  # somebody was first
+                _fs.mkdir(path, 0o755)
         if (held_ := hold(path, wait=True)) is not None:
             break
     try:

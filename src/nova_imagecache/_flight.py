@@ -1,14 +1,16 @@
 """Single flight: of all who miss one base at once, one fetches and the others wait for what it publishes.
 
 In a process, one thread leads and the rest follow. Between processes, the leaders contend for the base's lock. Whoever
-waits looks for the published base and never queues for the lock after it. A leader that fails for reasons of its own
-(token, deadline, cancel, a disk that is too small) fails alone, and a follower leads on with its own source; what is
-wrong with the image itself is every follower's error, so that a bad image is not fetched once per waiter.
+waits looks for the published base and never queues for the lock after it; of a hundred followers one looks for all. A
+leader that fails for reasons of its own (deadline, cancel, a disk that is too small) fails alone, and a follower leads
+on with its own source; what is wrong with the image, or with the source that they share, is every follower's error, so
+that neither a bad image nor a dead service is asked once per waiter.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,8 +19,11 @@ from nova_imagecache.exceptions import (
     ImageCacheError,
     ImageCorruptError,
     ImageNotActiveError,
+    ImageNotFoundError,
     ImageRejectedError,
     NoSpaceError,
+    SourceForbiddenError,
+    SourceUnavailableError,
 )
 
 if TYPE_CHECKING:
@@ -28,13 +33,28 @@ if TYPE_CHECKING:
     from nova_imagecache._watch import Watch
 
 _POLL = 0.02
-_SHARED = (ImageRejectedError, ImageCorruptError, ImageNotActiveError, NoSpaceError)
+_CHECK = 0.1
+_SHARED = (
+    ImageCorruptError,
+    ImageNotActiveError,
+    ImageNotFoundError,
+    ImageRejectedError,
+    NoSpaceError,
+    SourceForbiddenError,
+    SourceUnavailableError,
+)
 
 
 @dataclass(slots=True)
 class _Flight:
     request: object
-    done: threading.Event = field(default_factory=threading.Event)
+    done: bool = False
+    stir: threading.Event = field(default_factory=threading.Event)
+    """It is done, or a base was seen."""
+
+    scout: threading.Lock = field(default_factory=threading.Lock)
+    """Held by the follower that looks for the base."""
+
     error: ImageCacheError | None = None
     note: tuple[int, int | None] | None = None
 
@@ -104,7 +124,8 @@ class Flights:
         finally:
             with self._mutex:
                 del self._flights[image_id]
-            flight.done.set()
+            flight.done = True
+            flight.stir.set()
 
     def _contend(
         self,
@@ -133,16 +154,32 @@ class Flights:
     def _follow(
         self, flight: _Flight, request: object, find: Callable[[], BaseImage | None], watch: Watch
     ) -> BaseImage | None:
-        while not flight.done.wait(_POLL):
-            watch.check("wait")
-            if flight.note is not None:
-                watch.report("wait", *flight.note)
-            if (base := find()) is not None:
-                return base
-        if (base := find()) is not None:
+        if (base := self._await(flight, find, watch)) is not None:
             return base
         if flight.error is not None and flight.request == request:
             rebuild, arguments = flight.error.__reduce__()
             raise rebuild(*arguments) from flight.error
         watch.check("wait")
         return None
+
+    def _await(self, flight: _Flight, find: Callable[[], BaseImage | None], watch: Watch) -> BaseImage | None:
+        """The base, as soon as anybody has published it; None: the flight is over and there is none for us."""
+        scouts = False
+        try:
+            while not flight.stir.wait(_POLL if scouts else _CHECK):
+                watch.check("wait")
+                if flight.note is not None:
+                    watch.report("wait", *flight.note)
+                scouts = scouts or flight.scout.acquire(blocking=False)
+                if scouts and (base := find()) is not None:
+                    flight.stir.set()
+                    return base
+        finally:
+            if scouts:
+                flight.scout.release()
+        while True:
+            over = flight.done
+            if (base := find()) is not None or over:
+                return base
+            watch.check("wait")  # what was seen is not what this caller expects
+            time.sleep(_POLL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,10 @@ class RootDisks:
         def make(base: BaseImage, watch: Watch) -> tuple[RootDisk, bool]:
             if wanted is not None and wanted < base.virtual_size:
                 raise DiskTooSmallError(wanted, base.virtual_size, image_id=image_id, disk_id=disk_id, name=name)
+            if existing is None:
+                # without the lock: of two that make the same disk, publishing picks one; and a copy may take minutes
+                with self._engine.patience(watch), suppress(DiskExistsError):
+                    return self._create(base, disk_id, name, wanted), True
             with self._engine.disk_lock(disk_id, name, watch):
                 return self._make(base, disk_id, name, wanted)
 
@@ -81,14 +86,19 @@ class RootDisks:
 
     def _make(self, base: BaseImage, disk_id: str, name: str, wanted: int | None) -> tuple[RootDisk, bool]:
         """The disk, and whether it was made now."""
-        existing = self._backend.get_root_disk(disk_id, name)
+        existing = None
+        with suppress(BackendError):  # what is there is no disk of ours: making one says so
+            existing = self._backend.get_root_disk(disk_id, name)
         if existing is None:
-            size = base.virtual_size if wanted is None else wanted
-            return self._backend.create_root_disk(base, disk_id, name, _args.size(size)), True
+            return self._create(base, disk_id, name, wanted), True
         _same_disk(existing, base.image_id, wanted)
         if existing.reference == "path":  # its base was missing and is back: are these the bytes it was made of?
             return self._backend.attach_root_disk(base, disk_id, name), False
         return existing, False
+
+    def _create(self, base: BaseImage, disk_id: str, name: str, wanted: int | None) -> RootDisk:
+        size = base.virtual_size if wanted is None else wanted
+        return self._backend.create_root_disk(base, disk_id, name, _args.size(size))
 
     def get(self, disk_id: str, name: str) -> RootDisk:
         """As ImageCache.get_root_disk."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -10,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunningError
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -17,6 +19,7 @@ from harness import images
 from harness.children import child
 from harness.images import MIB
 from harness.rig import Rig
+from harness.upkeep import dense
 from nova_imagecache import (
     BaseInUseError,
     BaseNotFoundError,
@@ -24,6 +27,7 @@ from nova_imagecache import (
     DiskExistsError,
     DiskNotFoundError,
     ImageCache,
+    NoSpaceError,
     RootDisk,
 )
 from nova_imagecache.testing import FaultPlan, Step
@@ -221,6 +225,96 @@ def test_a_purge_cannot_be_taken_back(tmp_path: Path) -> None:
     user.unlink()
     rig.cache().ensure_base("img")
     rig.check("fetched again")
+
+
+# --- a base that is just ensured, while it is to make room or to go
+
+
+def _cold_rig(tmp_path: Path) -> Rig:
+    """One base that was used long ago, and one image that has room only without it."""
+    rig = Rig(tmp_path, "link", {"img": dense("ensured", MIB), "large": dense("makes it go", MIB)})
+    rig.cache().ensure_base("img")
+    os.utime(rig.root / "bases" / "img" / "last-used", (0.0, 0.0))
+    return rig
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_base_that_is_ensured_while_it_is_evicted_stays(when: Literal["before", "after"], tmp_path: Path) -> None:
+    """However the two meet at the rename: whoever was given the base finds it there, and nothing was fetched again."""
+    rig = _cold_rig(tmp_path)
+    plan = FaultPlan()
+    retiring = plan.pause("fs.rename", match="bases/img", when=when)
+    source = rig.source()
+    with plan, ThreadPoolExecutor(2) as pool:
+        evicting = pool.submit(rig.cache(max_bytes=MIB + MIB // 2).ensure_base, "large")
+        retiring.wait()
+        ensuring = pool.submit(rig.cache(source=source).ensure_base, "img")
+        if when == "before":
+            # the hit needs no lock and is over before the name goes
+            assert ensuring.result(60).image_id == "img"
+            assert (rig.root / "bases" / "img").is_dir()
+        retiring.release()
+        if when == "before":
+            with pytest.raises(NoSpaceError):
+                evicting.result(60)
+        else:
+            # too late: the name was gone, and it is fetched again
+            evicting.result(60)
+        base = ensuring.result(60)
+    assert rig.cache().get_base("img").record.image_id == base.image_id
+    assert source.opens == (0 if when == "before" else 1)
+    rig.check("ensured while it was evicted")
+
+
+@pytest.mark.parametrize("step", ["fs.touch", "fs.unlink"])
+def test_a_base_that_goes_while_its_use_is_noted_is_fetched_again(step: str, tmp_path: Path) -> None:
+    """The hit found it, then it went: the caller gets a base that is there, not one that was."""
+    rig = _cold_rig(tmp_path)
+    source = rig.source()
+    plan = FaultPlan()
+    touching = plan.pause(step, match="bases/img")
+    with plan, ThreadPoolExecutor(1) as pool:
+        ensuring = pool.submit(rig.cache(source=source).ensure_base, "img")
+        touching.wait()
+        rig.cache().remove_base("img")
+        touching.release()
+        ensuring.result(60)
+    assert source.opens == 1
+    assert rig.cache().get_base("img")
+    rig.check("fetched again")
+
+
+def test_a_base_that_is_ensured_while_it_is_cleaned_stays(tmp_path: Path) -> None:
+    """Its time was up; between the two looks of the pass somebody used it: the report says so."""
+    rig = _cold_rig(tmp_path)
+    cache = rig.cache()
+    plan = FaultPlan()
+    retiring = plan.pause("fs.rename", match="bases/img")
+    with plan, ThreadPoolExecutor(1) as pool:
+        cleaning = pool.submit(cache.cleanup, cache.plan_cleanup(max_idle=0))
+        retiring.wait()
+        rig.cache().ensure_base("img")
+        retiring.release()
+        report = cleaning.result(60)
+    assert report.removed == ()
+    assert report.kept["img"] == "it was used just now"
+    assert rig.cache().get_base("img").last_used is not None
+    rig.check_tidy("used meanwhile")
+
+
+def test_a_hit_stays_cheap(tmp_path: Path) -> None:
+    """Looking again after the use was noted is one stat: no lock, no change on disk but the mark."""
+    rig = _cold_rig(tmp_path)
+    cache = rig.cache()
+    cache.ensure_base("img")
+    with FaultPlan() as plan:
+        cache.ensure_base("img")
+    assert [step.name for step in plan.trace] == ["fs.unlink", "fs.touch"]
+    start = time.process_time()
+    for _hit in range(500):
+        cache.ensure_base("img")
+    # a tenth of a millisecond where nobody else is at work
+    assert (time.process_time() - start) / 500 < 0.001
 
 
 # --- everything at once

@@ -210,7 +210,7 @@ def test_a_storage_that_fills_up_in_the_middle(form: str, tmp_path: Path) -> Non
         rig.scratch = tmp_path
         rig.cache().ensure_base("idle")
         last_used(rig, "idle", Clock().now - DAY)
-        _full_once(where, rig, "fs.write", "disk" if form == "raw" else "download")
+        _full_once(where, rig, "fs.write", "disk")
         with rig.cache() as cache:
             assert names(cache) == {"new"}
         (where / "others").unlink()
@@ -228,7 +228,7 @@ def test_a_storage_that_stays_full(form: str, tmp_path: Path) -> None:
         rig.cache().create_root_disk("used", "vm", size=4 * MIB)
         last_used(rig, "used", Clock().now - DAY)
         with pytest.raises(NoSpaceError) as caught:
-            _full_once(where, rig, "fs.write", "disk" if form == "raw" else "download")
+            _full_once(where, rig, "fs.write", "disk")
         assert caught.value.image_id == "new"
         (where / "others").unlink()
         with rig.cache() as cache:

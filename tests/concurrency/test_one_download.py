@@ -15,7 +15,7 @@ import pytest
 
 from harness import images
 from harness.images import MIB
-from harness.rig import Rig, check_disk_file
+from harness.rig import Rig, compare, truth_file
 from nova_imagecache import CacheConfig, ImageCache, RootDisk
 from nova_imagecache.testing import FakeSource, MemoryBackend, MemoryStorage
 from services.glance import GlanceServer
@@ -39,15 +39,18 @@ def test_one_download_for_processes_and_threads(tmp_path: Path, glance: GlanceSe
     assert len(requests) == 2, f"one for the metadata, one for the data: {requests}"
     assert len(answers) == PROCESSES * THREADS
     assert all(answer["record"] == answers[0]["record"] for answer in answers), "they got different bases"
-    for number, answer in enumerate(answers):
-        checked = subprocess.run(
-            ["qemu-img", "check", "-q", "-f", "qcow2", answer["disk"]], capture_output=True, check=False
-        )
-        assert checked.returncode == 0, f"{answer['disk']}: {checked.stderr!r}"
-        if number % THREADS == 0:
-            check_disk_file(Path(answer["disk"]), "qcow2", sample.guest, tmp_path, answer["disk"])
+    truth = truth_file(sample.guest, tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda answer: _is_whole(Path(answer["disk"]), truth), answers))
     assert len(rig.cache().users(image_id)) == PROCESSES * THREADS
     rig.check_tidy("after all of them")
+
+
+def _is_whole(disk: Path, truth: Path) -> bool:
+    """The disk is consistent, opens with its base, and reads as the raw file ``truth``."""
+    compare(disk, "qcow2", truth, str(disk))
+    images.qemu_img("check", "-q", "-f", "qcow2", str(disk))
+    return True
 
 
 def _work_together(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:

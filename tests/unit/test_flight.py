@@ -51,9 +51,6 @@ BASE = BaseImage(
 ALONE: list[ImageCacheError] = [
     DeadlineError(image_id="img"),
     CancelledError(image_id="img"),
-    SourceForbiddenError("401", image_id="img"),
-    SourceUnavailableError("gone", image_id="img"),
-    ImageNotFoundError(image_id="img"),
     DiskTooSmallError(1, 2, image_id="img"),
     BackendError("it broke", image_id="img"),
 ]
@@ -62,6 +59,9 @@ SHARED: list[ImageCacheError] = [
     ImageCorruptError(Digest("md5", "0" * 32), Digest("md5", "1" * 32), image_id="img"),
     ImageNotActiveError("queued", image_id="img"),
     NoSpaceError(needed=2, free=1, image_id="img"),
+    SourceForbiddenError("401", image_id="img"),
+    SourceUnavailableError("gone", image_id="img"),
+    ImageNotFoundError(image_id="img"),
 ]
 
 
@@ -160,7 +160,7 @@ def test_different_images_fly_at_once(flights: Flights, storage: Storage) -> Non
 def test_a_leader_that_fails_for_reasons_of_its_own_fails_alone(
     flights: Flights, storage: Storage, error: ImageCacheError
 ) -> None:
-    """The next leads with its own source: a user's bad token costs nobody else the image."""
+    """The next leads on."""
     storage.errors.append(error)
     with ThreadPoolExecutor(3) as pool:
         leader = pool.submit(join, flights, storage, "leader")
@@ -177,10 +177,10 @@ def test_a_leader_that_fails_for_reasons_of_its_own_fails_alone(
 
 
 @pytest.mark.parametrize("error", SHARED, ids=lambda error: type(error).__name__)
-def test_what_is_wrong_with_the_image_is_everybodys_error(
+def test_what_is_wrong_with_image_or_source_is_everybodys_error(
     flights: Flights, storage: Storage, error: ImageCacheError
 ) -> None:
-    """A bad image is fetched once, not once per waiter; each gets an error of its own."""
+    """Neither a bad image nor a dead service is asked once per waiter; each gets an error of its own."""
     storage.errors.append(error)
     with ThreadPoolExecutor(4) as pool:
         leader = pool.submit(join, flights, storage, "leader")
@@ -199,16 +199,17 @@ def test_what_is_wrong_with_the_image_is_everybodys_error(
     assert storage.fetches == ["leader"]
 
 
-def test_another_request_does_not_share_the_error(flights: Flights, storage: Storage) -> None:
-    """Another source, or another digest, may well succeed."""
-    storage.errors.append(ImageRejectedError("bad", image_id="img"))
+@pytest.mark.parametrize("error", SHARED, ids=lambda error: type(error).__name__)
+def test_another_request_does_not_share_the_error(flights: Flights, storage: Storage, error: ImageCacheError) -> None:
+    """Another source, or another digest, may well succeed: a user's bad token costs nobody else the image."""
+    storage.errors.append(error)
     with ThreadPoolExecutor(2) as pool:
         leader = pool.submit(join, flights, storage, "leader", request="source 1")
         until(lambda: bool(storage.fetches))
         follower = pool.submit(join, flights, storage, "follower", request="source 2")
         time.sleep(0.1)
         storage.go.set()
-        with pytest.raises(ImageRejectedError):
+        with pytest.raises(type(error)):
             leader.result(20)
         assert follower.result(20) == BASE
     assert storage.fetches == ["leader", "follower"]
@@ -278,6 +279,29 @@ def test_a_waiter_sees_what_another_way_published(flights: Flights, storage: Sto
         assert not leader.done()
         storage.go.set()
         leader.result(20)
+
+
+def test_of_many_waiters_one_looks(flights: Flights, storage: Storage) -> None:
+    """A hundred that ask the filesystem fifty times a second each would hold up the leader."""
+    looks: list[str] = []
+
+    def follow(who: int) -> BaseImage:
+        def find() -> BaseImage | None:
+            looks.append(threading.current_thread().name)
+            return storage.find()
+
+        return flights.join("img", 1, find=find, fetch=storage.fetch(str(who)), watch=Watch("img"))
+
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(60) as pool:
+        leader = leading(first, flights, storage)
+        followers = [pool.submit(follow, n) for n in range(60)]
+        until(lambda: len(looks) > 10)
+        seen = len(looks)
+        time.sleep(0.5)
+        assert len(set(looks)) == 1
+        assert len(looks) - seen < 60
+        storage.go.set()
+        assert [future.result(20) for future in (leader, *followers)] == [BASE] * 61
 
 
 @pytest.mark.parametrize("same_process", [True, False])

@@ -33,7 +33,8 @@ from nova_imagecache.backends import (
     FileLocation,
     RootDisk,
 )
-from nova_imagecache.backends._files import FileBases, asides, made_at
+from nova_imagecache.backends._files import FileBases
+from nova_imagecache.backends._references import asides, made_at, others
 from nova_imagecache.exceptions import DiskInUseError
 
 if TYPE_CHECKING:
@@ -70,22 +71,23 @@ class FileDisks(FileBases):
     def create_root_disk(self, base: BaseImage, disk_id: str, name: str, size: int) -> RootDisk:
         directory = self._directory(disk_id)
         with _entries.held(directory) as made:
-            if os.path.lexists(directory / name):
-                raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name)
-            self._refuse_readers(directory, disk_id, name)
-            self._forget(directory, disk_id, name)
+            if _entries.names(directory):  # held: also where we made it, another may have been first to hold it
+                if os.path.lexists(directory / name):
+                    raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name)
+                self._refuse_readers(directory, disk_id, name)
+                self._forget(directory, disk_id, name)
             making = directory / f".{name}.{_fs.random_suffix()}"
             try:
                 _fs.mkdir(making, 0o711)
                 disk = self._create(base, disk_id, name, size, making, own_directory=made)
+                _fs.rmtree(making)
             except BaseException:
                 if not os.path.lexists(directory / name):
                     self._forget(directory, disk_id, name)
-                raise
-            finally:
                 _fs.rmtree(making)
-                if made and not any(directory.iterdir()):
+                if made:
                     _fs.rmdir(directory)
+                raise
             return disk
 
     def _create(
@@ -102,7 +104,8 @@ class FileDisks(FileBases):
             made_at=time.time(),
             own_directory=own_directory,
         )
-        # first of all: from it, whoever cleans up after us knows where our references are
+        # first of all: from it, whoever cleans up after us knows where our references are. Its name is durable when the
+        # disk's is; a reference outside of this directory comes after it
         self._put_record(directory, making, name, record)
         reference = self._refer(base, disk_id, name, directory / f"{name}.base", record.made_at)
         if reference != record.reference:
@@ -112,6 +115,8 @@ class FileDisks(FileBases):
         self._still_there(base)
         self._make(base, making / name, name, size, reference)
         self._finish_file(making / name, size)
+        if own_directory:
+            _fs.fsync_dir(directory.parent)
         try:
             _fs.publish_file(making / name, directory / name)
         except FileExistsError:
@@ -168,10 +173,49 @@ class FileDisks(FileBases):
             )
 
     def _drop_path_reference(self, record: _records.DiskRecord, disk_id: str, name: str) -> None:
-        """Take the path reference of this very disk away; not that of another of its name, whose directory moved."""
+        """Take the path reference of this very disk away, under whatever name it was made; no other disk's."""
         written = self.user_record(record.image_id, disk_id, name)
-        for path in (written, *asides(written)):
-            if made_at(path) in (record.made_at, None) and path.exists():
+        # as it is called now, or when its directory was another: then all are read
+        own = made_at(written) in (record.made_at, None) and written.exists()
+        disk = self._directory(disk_id) / name
+        for path in [written] if own else others(written.parent, record.made_at, disk):
+            _fs.unlink(path)
+            _fs.rmdir(path.parent)
+
+    def _drop_references_by_name(self, disk_id: str, name: str) -> None:
+        """Take the path reference of a disk away whose directory or record is gone: the caller says that the disk is.
+
+        One of a disk that lies in another directory now stays. Those of earlier disks of this name go when there is
+        none of a later one.
+        """
+        written = [self.user_record(image_id, disk_id, name) for image_id in _entries.names(self._users)]
+        there = [path for path in written if path.exists()]
+        there = there or [aside for path in written for aside in asides(path)]
+        if not there:
+            return
+        # held as by whoever makes a disk of this name, who writes its reference under the same hold
+        directory = self._directory(disk_id)
+        with _entries.held(directory) as made:
+            try:
+                if self._load(directory, name) is None and not os.path.lexists(directory / name):
+                    self._drop_unseen(there, name)
+            finally:
+                if made:
+                    _fs.rmdir(directory)
+
+    def _drop_unseen(self, references: list[Path], name: str) -> None:
+        """Take those path references away whose disk lies in none of the directories of disks."""
+        elsewhere = set()
+        for disk_id in _entries.names(self.paths.disks_dir):
+            try:
+                record = self._load(self._directory(disk_id), name)
+            except OSError as err:
+                _log.warning("%s stays: it may be of a disk in %s, which cannot be read: %s", references, disk_id, err)
+                return
+            if record is not None:
+                elsewhere.add(record.made_at)
+        for path in references:
+            if made_at(path) not in elsewhere:
                 _fs.unlink(path)
                 _fs.rmdir(path.parent)
 
@@ -260,6 +304,7 @@ class FileDisks(FileBases):
         directory = self._directory(disk_id)
         held = _entries.hold(directory, wait=True)
         if held is None:
+            self._drop_references_by_name(disk_id, name)
             return
         try:
             record = self._load(directory, name)
@@ -278,6 +323,8 @@ class FileDisks(FileBases):
                 _fs.fsync_dir(directory)
         finally:
             held.release()
+        if record is None:
+            self._drop_references_by_name(disk_id, name)
 
     def resize_root_disk(self, disk_id: str, name: str, size: int) -> RootDisk:
         with self._changing(disk_id, name) as (disk, record):
@@ -300,14 +347,15 @@ class FileDisks(FileBases):
         _fs.mkdir(making, 0o711)
         try:
             self._put_record(directory, making, name, record)
+            _fs.fsync_dir(directory)
         finally:
             _fs.rmtree(making)
 
     def _put_record(self, directory: Path, making: Path, name: str, record: _records.DiskRecord) -> None:
-        """The record, durable and whole at every moment; prepared beside it: the root may be another filesystem."""
+        """The record, whole at every moment, its name not synced; prepared beside it: the root may be another
+        filesystem."""
         _fs.write_file(making / "record", _records.dump_disk(record), 0o644)
         _fs.rename(making / "record", directory / f"{name}.json")
-        _fs.fsync_dir(directory)
 
     def _same_bytes(self, base: BaseImage, record: _records.DiskRecord, disk_id: str, name: str) -> None:
         """Refuse to tie a disk to other bytes than it was made of: digests decide, image ids where there are none."""

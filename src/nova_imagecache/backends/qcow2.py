@@ -1,4 +1,4 @@
-"""Backend ``qcow2``: a root disk is an overlay on its base, made by qemu-img, tied to it by a hard link."""
+"""Backend ``qcow2``: a root disk is an overlay on its base, as qemu-img makes it, tied to it by a hard link."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from nova_imagecache.backends import (
 )
 from nova_imagecache.backends._checks import check_files
 from nova_imagecache.backends._disks import reader_of
-from nova_imagecache.backends._files import host_record, set_aside, take_back
 from nova_imagecache.backends._recovery import RecoverableDisks
+from nova_imagecache.backends._references import host_record, set_aside, take_back
+from nova_imagecache.backends._templates import Templates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,6 +41,8 @@ _NO_LINK = {
 }
 """Why a link cannot be, where the base's path serves instead."""
 
+_SHORTER = "Put the root at a shorter path, or cache and disks on one filesystem, so that disks are tied by links"
+
 
 class Qcow2Backend(RecoverableDisks):
     """Overlays. A hard link ``<name>.base`` beside the disk is its backing file, so that the base's bytes live as long
@@ -50,6 +53,7 @@ class Qcow2Backend(RecoverableDisks):
     def __init__(self, options: Mapping[str, Any], paths: BackendPaths) -> None:
         super().__init__(options, paths)
         self._said: set[int] = set()
+        self._templates = Templates(paths.root)
 
     def check(self) -> list[Fact]:
         return check_files(self)
@@ -68,6 +72,8 @@ class Qcow2Backend(RecoverableDisks):
                 self._say(err.errno, base.image_id)
             else:
                 return "link"
+        # the record of the disk before what only it explains
+        _fs.fsync_dir(self._directory(disk_id))
         written = self.user_record(base.image_id, disk_id, name)
         data = host_record(disk_id, name, self._directory(disk_id) / name, made_at)
         for _attempt in range(3):
@@ -94,13 +100,16 @@ class Qcow2Backend(RecoverableDisks):
         return "qcow2"
 
     def _make(self, base: BaseImage, target: Path, name: str, size: int, reference: Reference) -> None:
-        _qemu.create_overlay(
-            target,
-            backing=self._backing(base, name, reference),
-            backing_format=base.format,
-            cluster_size=self._cluster_size(base),
-            size=size,
-        )
+        cluster_size = self._cluster_size(base)
+        backing = self._backing(base, name, reference)
+        template = self._templates.get(base.format, cluster_size, size)
+        fd = _fs.create(target, 0o600)
+        try:
+            template.write(fd, backing)
+        except _qcow2.Qcow2Error as err:
+            raise BackendError(str(err), image_id=base.image_id, stage="overlay", todo=_SHORTER) from err
+        finally:
+            os.close(fd)
 
     def _cluster_size(self, base: BaseImage) -> int | None:
         if base.format != "qcow2":

@@ -1,0 +1,97 @@
+"""Two disks of one instance lie in one directory: the second waits for the first as its own call wants to wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from harness import images
+from harness.images import MIB
+from harness.rig import Rig
+from nova_imagecache import CancelledError, DeadlineError, LockTimeoutError, RootDisk
+from nova_imagecache.testing import FaultPlan
+
+SIZE = 64 * MIB
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    rig = Rig(tmp_path, "file", {"img": images.raw("two disks of one instance")})
+    rig.cache().ensure_base("img")
+    return rig
+
+
+@pytest.fixture
+def copying(rig: Rig) -> Iterator[Callable[[], RootDisk]]:
+    """While the test runs, another thread is in the middle of the copy of vm/disk; calling it lets that end."""
+    plan = FaultPlan()
+    pause = plan.pause("fs.chmod", match="/.disk.")
+    with ThreadPoolExecutor(1) as pool, plan:
+        first: Future[RootDisk] = pool.submit(rig.cache().create_root_disk, "img", "vm", size=SIZE)
+        pause.wait()
+
+        def end() -> RootDisk:
+            pause.release()
+            return first.result(60)
+
+        yield end
+
+
+def test_a_second_disk_is_made_after_the_first(rig: Rig, copying: Callable[[], RootDisk]) -> None:
+    """Both come to be; neither is in the other's way."""
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(rig.cache().create_root_disk, "img", "vm", name="disk.rescue", size=SIZE)
+        time.sleep(0.2)
+        assert not second.done()
+        assert copying().name == "disk"
+        assert second.result(60).name == "disk.rescue"
+    rig.check("both")
+    rig.check_tidy("both")
+
+
+def test_its_deadline_ends_the_wait(rig: Rig, copying: Callable[[], RootDisk]) -> None:
+    """The call's own time counts, not a time that the library thinks a copy takes."""
+    started = time.monotonic()
+    with pytest.raises(DeadlineError):
+        rig.cache().create_root_disk("img", "vm", name="disk.rescue", size=SIZE, deadline=0.5)
+    assert time.monotonic() - started < 10
+    copying()
+    rig.check_tidy("too late")
+
+
+def test_cancel_ends_the_wait(rig: Rig, copying: Callable[[], RootDisk]) -> None:
+    """Within the time of a few polls."""
+    cancel = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(rig.cache().create_root_disk, "img", "vm", name="disk.rescue", size=SIZE, cancel=cancel)
+        time.sleep(0.2)
+        cancel.set()
+        assert isinstance(second.exception(10), CancelledError)
+    copying()
+    rig.check_tidy("cancelled")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda cache: cache.create_root_disk("img", "vm", name="disk.rescue", size=SIZE),
+        lambda cache: cache.remove_root_disk("vm", name="disk.rescue"),
+    ],
+    ids=["create", "remove"],
+)
+def test_lock_timeout_is_the_configured_one(
+    rig: Rig, copying: Callable[[], RootDisk], act: Callable[[object], object]
+) -> None:
+    """A holder that makes no progress for that long is given up, whatever waits for it."""
+    started = time.monotonic()
+    with pytest.raises(LockTimeoutError) as caught:
+        act(rig.cache(lock_timeout=0.5))
+    assert time.monotonic() - started < 10
+    assert caught.value.path == str(rig.disks / "vm")
+    copying()
+    rig.check_tidy("given up")

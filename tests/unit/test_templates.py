@@ -1,0 +1,83 @@
+"""Overlays from templates are byte for byte what qemu-img makes, and take no child process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from harness.images import qemu_img
+from nova_imagecache import _fs, _qcow2
+from nova_imagecache.backends._templates import Templates
+from nova_imagecache.testing import FaultPlan
+
+GIB = 2**30
+SHAPES = [
+    *(("raw", None, size) for size in (512, 2**20 + 512, GIB, 10 * GIB, 10 * 2**40)),
+    *(("qcow2", cluster, size) for cluster in (4096, 65536, 2**21) for size in (2**20, 10 * GIB)),
+    ("qcow2", 2**21, 10 * 2**40),
+]
+
+
+def overlay(templates: Templates, path: Path, backing: str, base: str, cluster: int | None, size: int) -> bytes:
+    fd = _fs.create(path, 0o600)
+    templates.get(base, cluster, size).write(fd, backing)
+    os.close(fd)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(("base", "cluster", "size"), SHAPES)
+@pytest.mark.parametrize("backing", ["disk.base", "disk.rescue.base", "/a/long/path" + "/x" * 300 + "/disk"])
+def test_an_overlay_is_what_qemu_img_makes(
+    tmp_path: Path, base: str, cluster: int | None, size: int, backing: str
+) -> None:
+    """Of every shape, with every name, byte for byte; and no less sparse."""
+    ours = overlay(Templates(tmp_path / "root"), tmp_path / "ours", backing, base, cluster, size)
+    options = [] if cluster is None else ["-o", f"cluster_size={cluster}"]
+    named = ("-F", base, "-b", backing, str(tmp_path / "theirs"), str(size))
+    qemu_img("create", "-q", "-u", "-f", "qcow2", *options, *named)
+    assert ours == (tmp_path / "theirs").read_bytes()
+    assert (tmp_path / "ours").stat().st_blocks <= (tmp_path / "theirs").stat().st_blocks
+
+
+def test_qemu_img_runs_once_for_a_shape(tmp_path: Path) -> None:
+    """Also for the next process, which reads what the first one kept."""
+    with FaultPlan() as plan:
+        first = overlay(Templates(tmp_path), tmp_path / "a", "disk.base", "raw", None, GIB)
+    assert [step.name for step in plan.trace].count("exec.run") == 1
+    with FaultPlan() as plan:
+        again = Templates(tmp_path)
+        assert overlay(again, tmp_path / "b", "disk.base", "raw", None, GIB) == first
+        assert overlay(again, tmp_path / "c", "disk.base", "raw", None, GIB) == first
+    assert "exec.run" not in {step.name for step in plan.trace}
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+def test_a_damaged_template_is_made_anew(tmp_path: Path) -> None:
+    """A file that somebody cut off or swapped is not handed to a guest."""
+    good = overlay(Templates(tmp_path), tmp_path / "a", "disk.base", "raw", None, GIB)
+    (kept,) = (tmp_path / "templates").iterdir()
+    for bad in (b"", good[:40], good[:24] + (1).to_bytes(8, "big") + good[32:]):
+        kept.unlink()
+        kept.write_bytes(bad)
+        assert (
+            overlay(Templates(tmp_path), tmp_path / f"b{len(bad)}{bad[-1:].hex()}", "disk.base", "raw", None, GIB)
+            == good
+        )
+
+
+def test_a_name_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    """As qemu-img refuses it: the specification allows 1023 bytes, and no more than the header's cluster holds."""
+    templates = Templates(tmp_path)
+    for number, (cluster, length) in enumerate([(None, 1024), (512, 400)]):
+        template = templates.get("raw" if cluster is None else "qcow2", cluster, GIB)
+        fd = _fs.create(tmp_path / f"x{number}", 0o600)
+        with pytest.raises(_qcow2.Qcow2Error, match=f"{length} bytes does not fit"):
+            template.write(fd, "n" * length)
+        os.close(fd)
+        assert (tmp_path / f"x{number}").stat().st_size == 0
+        options = [] if cluster is None else ["-o", f"cluster_size={cluster}"]
+        argv = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", *options, "-F", "raw", "-b", "n" * length]
+        assert subprocess.run([*argv, str(tmp_path / "y"), str(GIB)], capture_output=True, check=False).returncode != 0
