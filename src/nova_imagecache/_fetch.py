@@ -8,10 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nova_imagecache import _entries, _ingest, _twins
+from nova_imagecache import _admission, _entries, _ingest, _twins
 from nova_imagecache._ahead import attended
 from nova_imagecache._guard import translated
-from nova_imagecache.exceptions import BackendError, BaseInUseError, ImageCorruptError, NoSpaceError
+from nova_imagecache.exceptions import (
+    BackendError,
+    BaseInUseError,
+    ImageCorruptError,
+    ImageRejectedError,
+    LockTimeoutError,
+    NoSpaceError,
+)
 
 if TYPE_CHECKING:
     import threading
@@ -29,6 +36,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _SLOT_POLL = 0.05
 _CLAIM_POLL = 0.2
+_CLAIM_POLL_MOST = 2.0
+_CLAIM_BACK_OFF = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +87,8 @@ class Fetcher:
             def attempt() -> BaseImage:
                 # translated here too: a full storage under our own files is met below, as under the backend's
                 with translated(failed), _entries.entry(self.root.staging, image.image_id, 0o700) as scratch:
-                    request = self._request(image, disk_size, expect, scratch)
-                    _ingest.admit_metadata(image, request)
+                    request = self._request(image, disk_size, expect, scratch, watch)
+                    _admission.admit_metadata(image, request)
                     ingest = _ingest.Ingest(image, source, request, watch, tell)
                     return self._bring_in(ingest, request, scratch, replaced, watch)
 
@@ -90,7 +99,9 @@ class Fetcher:
                     return attempt()
                 except NoSpaceError as err:
                     # refused by figures: nothing more can go. Full in the middle: others write to the storage as well
-                    if err.needed is not None or not self.keeper.make_room(image.size or 1):
+                    if err.needed is not None or not self.keeper.make_room(
+                        image.size or 1, lambda: watch.check("making room")
+                    ):
                         raise
                     _log.warning("image %s: the storage ran full; room was made, trying once more", image_id)
                     return attempt()
@@ -99,8 +110,9 @@ class Fetcher:
         """The image where it already lies, or where its service copies it to; None: it must be brought in."""
         if expect is not None and image.digest != expect:  # adopted bytes are never looked at
             return None
-        if not image.locations and image.status == "active" and self.backend.properties.disk_kind == "clone":
-            image = attended(lambda: source.with_locations(image), lambda: watch.check("locations"))
+        if image.locations and (adopted := self._adopt_as_shown(image)) is not None:
+            return adopted
+        image = self._located(image, source, watch)
         if (adopted := self.backend.adopt_base(image)) is not None:
             return adopted
         store = self.backend.wanted_store(image)
@@ -108,28 +120,59 @@ class Fetcher:
             return None
         _log.info("image %s: asking for a copy in store %s", image.image_id, store)
         copied = source.copy_to_store(image, store, lambda: watch.check("copy to store"))
-        return None if copied is None else self.backend.adopt_base(copied)
+        # a service that shows no places shows none of a copy either
+        return None if copied is None else self.backend.adopt_base(self._located(copied, source, watch))
+
+    def _adopt_as_shown(self, image: ImageInfo) -> BaseImage | None:
+        try:
+            return self.backend.adopt_base(image)
+        except ImageRejectedError:  # said again, unless a place that is not shown will do
+            return None
+
+    def _located(self, image: ImageInfo, source: GuardedSource, watch: Watch) -> ImageInfo:
+        """The image with all its places, where a backend may use one."""
+        if image.status != "active" or self.backend.properties.disk_kind != "clone":
+            return image
+        return attended(lambda: source.with_locations(image), lambda: watch.check("locations"))
 
     @contextmanager
     def _claim(self, image_id: str, expect: Digest | None, watch: Watch) -> Iterator[BaseImage | None]:
-        """The right to bring the image in, while the block runs; or the base, once another host has published it."""
+        """The right to bring the image in, while the block runs; or the base, once another host has published it.
+
+        Raises:
+            LockTimeoutError: another host has the right for longer than ``lock_timeout``.
+        """
+        began = time.monotonic()
+        pause = _CLAIM_POLL
         while (claim := self.backend.claim_import(image_id)) is None:
             watch.check("wait for another host")
             base = self.backend.find_base(image_id)
             if base is not None and expect in (None, base.digest):
                 yield base
                 return
-            time.sleep(_CLAIM_POLL)
+            waited = time.monotonic() - began
+            if waited > self.config.lock_timeout.total_seconds():
+                timeout = LockTimeoutError(f"another host's import of image {image_id}", waited, image_id=image_id)
+                timeout.todo = "See what the other hosts are at, or raise lock_timeout"
+                raise timeout
+            self._sleep(pause, watch)
+            pause = min(pause * _CLAIM_BACK_OFF, _CLAIM_POLL_MOST)
         try:
             base = self.backend.find_base(image_id)
             yield base if base is not None and expect in (None, base.digest) else None
         finally:
             claim.release()
 
+    def _sleep(self, seconds: float, watch: Watch) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            watch.check("wait for another host")
+            time.sleep(_SLOT_POLL)
+
     def _bring_in(
         self,
         ingest: _ingest.Ingest,
-        request: _ingest.Request,
+        request: _admission.Request,
         scratch: Path,
         replaced: BaseImage | None,
         watch: Watch,
@@ -138,9 +181,9 @@ class Fetcher:
         _log.info("image %s: fetching %s bytes of %s", image.image_id, image.size, image.disk_format)
         writer = self.backend.stage_base(image.image_id, request.base_format)
         try:
-            record = _twins.copied(self.backend, image, request, writer, self.clock()) or ingest.run(
-                writer, scratch, self.clock()
-            )
+            record = _twins.copied(
+                self.backend, image, request, writer, self.clock(), check=lambda: watch.check("copy")
+            ) or ingest.run(writer, scratch, self.clock())
             watch.check("publish")
             if replaced is not None:
                 # the same id, other bytes: their disks hold them by links, new ones get the new bytes
@@ -155,14 +198,14 @@ class Fetcher:
         return base
 
     def _request(
-        self, image: ImageInfo, disk_size: int | None, expect: Digest | None, scratch: Path
-    ) -> _ingest.Request:
+        self, image: ImageInfo, disk_size: int | None, expect: Digest | None, scratch: Path, watch: Watch
+    ) -> _admission.Request:
         def admit(needed: int, stage: str) -> None:
-            self.keeper.reserve(image.image_id, scratch, needed, stage)
+            self.keeper.reserve(image.image_id, scratch, needed, stage, lambda: watch.check("making room"))
 
         formats = self.backend.properties.base_formats
-        return _ingest.Request(
-            base_format=_ingest.base_format(image.disk_format, self.backend.wanted_base_format, formats),
+        return _admission.Request(
+            base_format=_admission.base_format(image.disk_format, self.backend.wanted_base_format, formats),
             disk_size=disk_size,
             max_virtual_size=self.config.max_virtual_size,
             expect=expect,

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nova_imagecache.backends import BackendPaths
+from nova_imagecache.backends import BackendPaths, BaseRecord
 from nova_imagecache.backends.rbd import RbdBackend
 from services.ceph import CephCluster
 from services.ceph_bindings import bindings
+
+_PART = re.compile(r"(?:rbd_header|rbd_object_map|rbd_data|nova_imagecache\.sums)\.([0-9a-f]+)(?:\..*)?")
 
 
 def options(cluster: CephCluster, **changes: Any) -> dict[str, Any]:
@@ -26,6 +31,24 @@ def options(cluster: CephCluster, **changes: Any) -> dict[str, Any]:
 def make_backend(cluster: CephCluster, directory: Path, **changes: Any) -> RbdBackend:
     """The backend over the cluster; its files are below ``directory``."""
     return RbdBackend(options(cluster, **changes), BackendPaths(root=directory / "root", disks_dir=directory / "disks"))
+
+
+def record(image_id: str, size: int, **changes: Any) -> BaseRecord:
+    """What is written down of a raw base of so many bytes."""
+    made = BaseRecord(
+        image_id=image_id,
+        format="raw",
+        virtual_size=size,
+        size=size,
+        source_format="raw",
+        source_size=size,
+        source_digest=None,
+        evidence="unverified",
+        made_by="stored",
+        source="test",
+        fetched_at=1_700_000_000.0,
+    )
+    return replace(made, **changes)
 
 
 @contextlib.contextmanager
@@ -42,6 +65,64 @@ def names(cluster: CephCluster, pool: str = "vms") -> list[str]:
     with cluster.pool(pool) as ioctx:
         found = [name for name in rbd.RBD().list(ioctx) if not name.startswith("staging._owner.")]
         return sorted([*found, *(f"trash/{entry['name']}" for entry in rbd.RBD().trash_list(ioctx))])
+
+
+def leftovers(cluster: CephCluster, pool: str = "vms") -> list[str]:
+    """What nothing in the pool needs: unfinished images, trashed ones without clones, parts without an image."""
+    _, rbd = bindings()
+    with cluster.pool(pool) as ioctx:
+        found = [name for name in names(cluster, pool) if name.startswith("staging.")]
+        ids = {_id(ioctx, name) for name in rbd.RBD().list(ioctx)}
+        for entry in rbd.RBD().trash_list(ioctx):
+            ids.add(entry["id"])
+            if not _has_clones(ioctx, entry["id"]):
+                found.append(f"trash/{entry['name']}")
+        for key in (one.key for one in ioctx.list_objects()):
+            part = _PART.fullmatch(key)
+            if part and part[1] not in ids:
+                found.append(key)
+    return sorted(found)
+
+
+def _id(ioctx: Any, name: str) -> str:
+    _, rbd = bindings()
+    with contextlib.suppress(rbd.ImageNotFound), rbd.Image(ioctx, name, read_only=True) as image:
+        return str(image.id())
+    return ""
+
+
+def _has_clones(ioctx: Any, image_id: str) -> bool:
+    _, rbd = bindings()
+    with contextlib.suppress(rbd.ImageNotFound), rbd.Image(ioctx, image_id=image_id, read_only=True) as image:
+        return any(image.list_children2())
+    return False
+
+
+@contextlib.contextmanager
+def damaged(cluster: CephCluster, name: str, pool: str = "vms") -> Iterator[None]:
+    """While the block runs the image's header says nonsense."""
+    _, rbd = bindings()
+    with cluster.pool(pool) as ioctx:
+        with rbd.Image(ioctx, name, read_only=True) as image:
+            header, size = f"rbd_header.{image.id()}", image.size()
+        _set_size(ioctx, header, b"\1")
+        try:
+            yield
+        finally:
+            _set_size(ioctx, header, struct.pack("<Q", size))
+
+
+def _set_size(ioctx: Any, header: str, value: bytes) -> None:
+    rados, _ = bindings()
+    with rados.WriteOpCtx() as operation:
+        ioctx.set_omap(operation, ("size",), (value,))
+        ioctx.operate_write_op(operation, header)
+
+
+def is_full(cluster: CephCluster, pool: str = "vms") -> bool:
+    """Whether the monitor has noticed that the pool's quota is reached."""
+    pools = cluster.command("osd pool ls", detail="detail")
+    return "full" in next(str(one["flags_names"]) for one in pools if one["pool_name"] == pool)
 
 
 def claims(cluster: CephCluster, pool: str = "vms") -> list[str]:
@@ -66,6 +147,8 @@ def empty(cluster: CephCluster, pool: str = "vms") -> None:
         while left := _remove_all(rbd, ioctx):
             assert time.monotonic() < deadline, f"{left} cannot be removed"
             time.sleep(0.1)
+        for key in leftovers(cluster, pool):
+            ioctx.remove_object(key)
 
 
 def _remove_all(rbd: Any, ioctx: Any) -> list[str]:

@@ -258,24 +258,6 @@ def test_a_disk_in_use_names_its_watchers(ceph: CephCluster, tmp_path: Path, mon
         assert list(cache.root_disks()) == []
 
 
-def test_images_of_others_are_left_alone(ceph: CephCluster, tmp_path: Path) -> None:
-    """A volume, Nova's own disk and somebody's trash are neither listed, removed nor swept."""
-    _, rbd = bindings()
-    with ceph.pool("vms") as ioctx:
-        for name in ("volume-1", "vm_disk", "vm_disk.swap", "old_disk", "base.theirs"):
-            rbd.RBD().create(ioctx, name, MIB)
-        rbd.RBD().trash_move(ioctx, "old_disk", 0)
-    with make_cache(ceph, tmp_path, FakeSource({"img": raw("one").fake})) as cache:
-        cache.create_root_disk("img", "vm", name="disk.rescue")
-        cache.remove_root_disk("vm", name="disk.rescue")
-        assert list(cache.root_disks()) == []
-        assert [base.image_id for base in cache.bases()] == ["img"]
-        report = cache.recover()
-        assert (report.removed, report.restored, report.failed) == ((), (), {})
-    found = ["base.img", "base.theirs", "trash/old_disk", "vm_disk", "vm_disk.swap", "volume-1"]
-    assert pool.names(ceph) == found
-
-
 def test_clones_of_format_1(ceph: CephCluster, tmp_path: Path) -> None:
     """Where the cluster makes clones of format 1, snapshots are protected, and users are counted all the same."""
     conf = tmp_path / "ceph.conf"

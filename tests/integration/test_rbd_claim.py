@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from harness import rbd as pool
+from harness.hosts import Host
 from harness.images import qcow2, raw
 from harness.waiting import until
 from nova_imagecache import CacheConfig, ImageCache, ImageCorruptError
-from nova_imagecache.backends import Claim, _rados, _rbd_claim
+from nova_imagecache.backends import Claim, _rados_claims, _rbd_claim
 from nova_imagecache.exceptions import BackendUnavailableError
 from nova_imagecache.testing import FakeImage, FakeSource
 from services.ceph import CephCluster
@@ -32,6 +32,7 @@ _HOST = """
 import json, sys, threading
 from pathlib import Path
 from harness import rbd as pool
+from harness.hosts import Host
 from harness.images import qcow2
 from nova_imagecache import CacheConfig, ImageCache
 from nova_imagecache.backends import _rbd_claim
@@ -64,32 +65,9 @@ def _empty(ceph: CephCluster) -> Iterator[None]:
     pool.empty(ceph)
 
 
-class Host:
+def start(ceph: CephCluster, directory: Path, user: str, *, seconds: int, stalled: bool = False) -> Host:
     """Another host, which brings "img" in when it is told to; ``stalled``: half of it, and then waits for ever."""
-
-    def __init__(self, ceph: CephCluster, directory: Path, user: str, *, seconds: int, stalled: bool = False) -> None:
-        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n{_HOST}"
-        arguments = [pool.spec(ceph, directory, user=user), json.dumps([seconds, stalled])]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def go(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-
-    def hear(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+    return Host(_HOST, pool.spec(ceph, directory, user=user), json.dumps([seconds, stalled]))
 
 
 def _lines(host: Host) -> list[str]:
@@ -112,16 +90,13 @@ def make_cache(ceph: CephCluster, directory: Path, source: FakeSource) -> ImageC
 
 def test_two_hosts_download_once(ceph: CephCluster, two_users: tuple[str, str], tmp_path: Path) -> None:
     """Both ask at once, both get the base, and the image was fetched by one of them; nothing of a claim is left."""
-    hosts = [Host(ceph, tmp_path / user, user, seconds=20) for user in two_users]
-    try:
+    with contextlib.ExitStack() as life:
+        hosts = [life.enter_context(start(ceph, tmp_path / user, user, seconds=20)) for user in two_users]
         assert [host.hear() for host in hosts] == ["ready", "ready"]
         for host in hosts:
-            host.go()
+            host.say("go")
         answers = [_lines(host) for host in hosts]
-        assert [host.process.wait(30) for host in hosts] == [0, 0]
-    finally:
-        for host in hosts:
-            host.close()
+        assert [host.end() for host in hosts] == [0, 0]
     assert sorted(len(answer) for answer in answers) == [1, 2], "one fetched it"
     assert answers[0][-1] == answers[1][-1]
     assert pool.names(ceph) == ["base.img"]
@@ -133,26 +108,24 @@ def test_two_hosts_download_once(ceph: CephCluster, two_users: tuple[str, str], 
 def test_the_holder_is_killed(ceph: CephCluster, two_users: tuple[str, str], tmp_path: Path) -> None:
     """The other waits while the holder lives, longer than a claim lasts, and goes on soon after its death."""
     seconds = 4
-    holder = Host(ceph, tmp_path / "one", two_users[0], seconds=seconds, stalled=True)
-    other = Host(ceph, tmp_path / "two", two_users[1], seconds=seconds)
-    try:
+    with (
+        start(ceph, tmp_path / "one", two_users[0], seconds=seconds, stalled=True) as holder,
+        start(ceph, tmp_path / "two", two_users[1], seconds=seconds) as other,
+    ):
         assert (holder.hear(), other.hear()) == ("ready", "ready")
-        holder.go()
+        holder.say("go")
         assert holder.hear() == "fetching"
-        other.go()
+        other.say("go")
         time.sleep(seconds + 4)
         assert pool.claims(ceph) == ["claim.img"]
         assert "base.img" not in pool.names(ceph)
         assert other.process.poll() is None
-        holder.process.kill()
+        holder.kill()
         died = time.monotonic()
         assert other.hear() == "fetching"
         assert 0.5 < time.monotonic() - died < seconds + 6
         assert json.loads(other.hear())[0] == "img"
-        assert other.process.wait(30) == 0
-    finally:
-        holder.close()
-        other.close()
+        assert other.end() == 0
     assert "base.img" in pool.names(ceph)
     assert pool.claims(ceph) == []
 
@@ -199,14 +172,14 @@ def test_renewals_that_fail_are_logged(
     monkeypatch.setattr(_rbd_claim, "SECONDS", 1)
     monkeypatch.setattr(_rbd_claim, "RENEWAL", 0.2)
     caplog.set_level(logging.INFO)
-    true_claim = _rados.claim
+    true_claim = _rados_claims.claim
 
     def claim(*arguments: object, renewing: bool = False) -> None:
         if renewing:
             raise BackendUnavailableError("no answer")
         true_claim(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_rados, "claim", claim)
+    monkeypatch.setattr(_rados_claims, "claim", claim)
     taken: list[Claim] = []
     with closing(pool.make_backend(ceph, tmp_path)) as backend:
         first = backend.claim_import("img")
@@ -234,13 +207,8 @@ def test_a_full_pool_keeps_no_claim(ceph: CephCluster, tmp_path: Path) -> None:
         ceph.set_quota("small", 4096)
         with ceph.pool("small") as ioctx:
             ioctx.write_full("filler", b"x" * 8192)
-        until(lambda: "full" in _flags(ceph, "small"), "the pool to be full")
+        until(lambda: pool.is_full(ceph, "small"), "the pool to be full")
         claim.release()
         assert pool.claims(ceph, "small") == []
         assert type(backend.claim_import("img")) is Claim
     ceph.delete_pool("small")
-
-
-def _flags(ceph: CephCluster, name: str) -> str:
-    pools = ceph.command("osd pool ls", detail="detail")
-    return str(next(one["flags_names"] for one in pools if one["pool_name"] == name))

@@ -18,10 +18,10 @@ from nova_imagecache import (
     ImageNotActiveError,
     ImageRejectedError,
     RbdLocation,
-    SourceError,
     SourceForbiddenError,
     SourceUnavailableError,
 )
+from nova_imagecache.sources import CopyFailedError, CopyRefusedError
 from services.ceph import CephCluster
 from services.glance import ADMIN, MEMBER, GlanceServer, Request
 
@@ -133,7 +133,7 @@ def test_refusals(ceph: CephCluster, glance_rbd: GlanceServer, tmp_path: Path) -
     image_id = glance_rbd.upload(raw("refused").served, store="local", visibility="public")
     with (
         make_cache(ceph, glance_rbd, tmp_path / "one", store="nostore") as cache,
-        pytest.raises(SourceError, match=r"copy into store nostore: the service refuses it: HTTP 409: .*nostore"),
+        pytest.raises(CopyRefusedError, match=r"copy into store nostore: the service refuses it: HTTP 409: .*nostore"),
     ):
         cache.ensure_base(image_id)
     with (
@@ -156,7 +156,7 @@ def test_a_copy_that_fails_and_one_that_hangs(ceph: CephCluster, glance_rbd: Gla
         # as if the store had lost its right to write
         ceph.auth_caps("glance", mon="profile rbd", osd="profile rbd-read-only pool=images")
         try:
-            with pytest.raises(SourceError, match="the service says that it failed"):
+            with pytest.raises(CopyFailedError, match="the service says that it failed"):
                 cache.ensure_base(image_id)
             assert glance_rbd.show(image_id)["os_glance_failed_import"] == "s0"
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness import rbd as pool
+from harness.hosts import Host
 from harness.images import raw
 from nova_imagecache import BaseImage
 from nova_imagecache.testing import FakeSource
@@ -24,6 +26,7 @@ _HOST = """
 import json, sys
 from pathlib import Path
 from harness import rbd as pool
+from harness.hosts import Host
 from harness.images import raw
 from nova_imagecache import CacheConfig, ImageCache
 from nova_imagecache.testing import FakeSource
@@ -47,53 +50,69 @@ def _empty(ceph: CephCluster) -> Iterator[None]:
     pool.empty(ceph)
 
 
-class Host:
-    """Another process that makes disks of "img" in the pool, named by lines."""
-
-    def __init__(self, ceph: CephCluster, directory: Path, user: str) -> None:
-        tests = str(Path(__file__).parents[1])
-        code = f"import sys; sys.path.insert(0, {tests!r})\n{_HOST}"
-        spec = pool.spec(ceph, directory, user=user)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, spec], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def say(self, disk_id: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{disk_id}\n")
-        self.process.stdin.flush()
-
-    def hear(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait(30)
-        self.process.stdout.close()
-
-
-def test_two_hosts_import_at_once(ceph: CephCluster, tmp_path: Path) -> None:
-    """Both get disks of one and the same base; whoever was second has left nothing."""
+@pytest.fixture
+def two_users(ceph: CephCluster) -> tuple[str, str]:
+    """The client ids of two hosts."""
     ceph.create_user("nova2", mon="profile rbd", osd="profile rbd pool=vms, profile rbd-read-only pool=images")
-    hosts = [Host(ceph, tmp_path / user, user) for user in ("nova", "nova2")]
-    try:
+    return "nova", "nova2"
+
+
+def test_two_hosts_import_at_once(ceph: CephCluster, two_users: tuple[str, str], tmp_path: Path) -> None:
+    """Both get disks of one and the same base; whoever was second has left nothing."""
+    with contextlib.ExitStack() as life:
+        hosts = [life.enter_context(Host(_HOST, pool.spec(ceph, tmp_path / user, user=user))) for user in two_users]
         assert [host.hear() for host in hosts] == ["ready", "ready"]
         for number, host in enumerate(hosts):
             host.say(f"vm-{number}")
         for host in hosts:
             assert json.loads(host.hear())[0] == "img"
-    finally:
-        for host in hosts:
-            host.close()
-    assert [host.process.returncode for host in hosts] == [0, 0]
+        assert [host.end() for host in hosts] == [0, 0]
     assert pool.names(ceph) == ["base.img", "vm-0_disk", "vm-1_disk"]
     for number in range(2):
-        with pool.opened(ceph, f"vm-{number}_disk") as image:
-            assert image.read(0, 12 * MIB) == raw("hosts", 8 * MIB).guest + bytes(4 * MIB)
-            assert image.parent_info() == ("vms", "base.img", "base")
+        _is_of_the_base(ceph, f"vm-{number}_disk")
+
+
+_RACER = """
+import json, sys
+from nova_imagecache.backends import Claim
+from nova_imagecache.backends.rbd import RbdBackend
+from nova_imagecache.backends._rbd_writer import RbdWriter
+publish = RbdWriter.publish
+def held(self, record):
+    print("publishing", flush=True)
+    sys.stdin.readline()
+    return publish(self, record)
+RbdWriter.publish = held
+# as where the claim has ended under a slow holder: publishing alone decides
+RbdBackend.claim_import = lambda self, image_id: Claim()
+"""
+
+
+@pytest.mark.parametrize("round_", range(3))
+def test_two_hosts_publish_at_once(ceph: CephCluster, two_users: tuple[str, str], tmp_path: Path, round_: int) -> None:
+    """Without a claim both fetch the image; one publishes it, the other drops its own and makes its disk of that."""
+    with contextlib.ExitStack() as life:
+        specs = [pool.spec(ceph, tmp_path / user, user=user) for user in two_users]
+        hosts = [life.enter_context(Host(_RACER + _HOST, spec)) for spec in specs]
+        assert [host.hear() for host in hosts] == ["ready", "ready"]
+        for number, host in enumerate(hosts):
+            host.say(f"vm-{number}")
+        assert [host.hear() for host in hosts] == ["publishing", "publishing"]
+        assert len([name for name in pool.names(ceph) if name.startswith("staging.img.")]) == 2
+        for host in hosts[:: 1 if round_ % 2 else -1]:
+            host.say("go")
+        assert [json.loads(host.hear()) for host in hosts] == [["img", 1], ["img", 1]]
+        assert [host.end() for host in hosts] == [0, 0]
+    assert pool.names(ceph) == ["base.img", "vm-0_disk", "vm-1_disk"]
+    assert pool.leftovers(ceph) == []
+    for number in range(2):
+        _is_of_the_base(ceph, f"vm-{number}_disk")
+
+
+def _is_of_the_base(ceph: CephCluster, name: str) -> None:
+    with pool.opened(ceph, name) as image:
+        assert image.read(0, 12 * MIB) == raw("hosts", 8 * MIB).guest + bytes(4 * MIB)
+        assert image.parent_info() == ("vms", "base.img", "base")
 
 
 def test_what_another_host_works_on_is_left_alone(ceph: CephCluster, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from harness import rbd as pool
 from harness.images import raw
-from nova_imagecache import CacheConfig, ImageCache, NoSpaceError, UsersUnknownError
-from nova_imagecache.backends import BackendPaths, BaseWriter
+from nova_imagecache import CacheConfig, ImageCache, UsersUnknownError
+from nova_imagecache.backends import BackendPaths
 from nova_imagecache.backends._rados_errors import ForbiddenError, ForkedError, NoPoolError
 from nova_imagecache.backends.rbd import RbdBackend
 from nova_imagecache.exceptions import BackendError, BackendUnavailableError, ImageCacheError
@@ -159,6 +159,38 @@ def test_an_osd_that_pauses_in_the_middle_of_an_import(ceph: CephCluster, tmp_pa
     backend.close()
 
 
+def test_a_paused_monitor(ceph: CephCluster, tmp_path: Path) -> None:
+    """What asks it ends in time, an absent pool too, and holds nobody else up; what needs no monitor goes on."""
+    with cache_over(ceph, tmp_path) as cache, ThreadPoolExecutor(1) as threads:
+        cache.create_root_disk("img", "vm")
+        elsewhere = pool.make_backend(ceph, tmp_path, pool="nopool", connect_timeout=TIMEOUT)
+        backend = pool.make_backend(ceph, tmp_path, connect_timeout=TIMEOUT)
+        writer = backend.stage_base("other", "raw")
+        writer.set_size(MIB)
+        ceph.pause_monitor()
+        try:
+            waiting = threads.submit(takes, 3 * TIMEOUT, lambda: elsewhere.find_base("img"))
+            start = time.monotonic()
+            cache.create_root_disk("img", "vm-2")
+            assert time.monotonic() - start < TIMEOUT
+            waiting.result()
+            takes(3 * TIMEOUT, cache.usage)
+            takes(3 * TIMEOUT, lambda: cache.ensure_base("other"))
+            # a snapshot's number is the monitor's to give
+            takes(4 * TIMEOUT, lambda: writer.publish(pool.record("other", MIB)))
+        finally:
+            ceph.resume_monitor()
+        _until_writable(writer.discard)
+        _until_writable(lambda: cache.ensure_base("other"))
+        with pytest.raises(NoPoolError):
+            elsewhere.find_base("img")
+        for one in (backend, elsewhere):
+            one.close()
+        report = cache.recover()
+        assert (report.alive, report.failed) == ((), {})
+        assert pool.names(ceph) == ["base.img", "base.other", "vm-2_disk", "vm_disk"]
+
+
 def test_a_cluster_that_is_down(tmp_path: Path, ceph: CephCluster) -> None:
     """Nobody at the monitors' address: an error in time, for many threads at once as for one."""
     conf = tmp_path / "ceph.conf"
@@ -190,41 +222,12 @@ def test_a_pool_that_is_deleted_and_made_again(ceph: CephCluster, tmp_path: Path
     ceph.delete_pool("short-lived")
 
 
-def test_a_full_pool(ceph: CephCluster, tmp_path: Path) -> None:
-    """A quota is room that is not there: before a byte is fetched, and when it is reached in the middle."""
-    ceph.create_pool("small")
-    ceph.create_user("squeezed", mon="profile rbd", osd="profile rbd pool=small")
-    ceph.set_quota("small", 2 * MIB)
-    with cache_over(ceph, tmp_path, pool="small", user="squeezed") as cache:
-        with pytest.raises(NoSpaceError):
-            cache.ensure_base("img")
-        backend = pool.make_backend(ceph, tmp_path, pool="small", user="squeezed", connect_timeout=2)
-        writer = backend.stage_base("img", "raw")
-        writer.set_size(64 * MIB)
-        with pytest.raises(NoSpaceError):
-            _fill(writer)
-        ceph.set_quota("small", 0)
-        _until_writable(writer.discard)
-        assert pool.names(ceph, "small") == []
-        backend.close()
-        _until_writable(lambda: cache.ensure_base("img"))
-    ceph.delete_pool("small")
-
-
-def _fill(writer: BaseWriter) -> None:
-    # the monitor notices some seconds after the write
-    for number in range(64):
-        writer.write_at(number * MIB, b"x" * MIB)
-        writer.sync()
-        time.sleep(0.3)
-
-
 def _until_writable(call: Callable[[], object]) -> None:
     deadline = time.monotonic() + 20
     while True:
         try:
             call()
-        except (BackendUnavailableError, NoSpaceError):
+        except BackendUnavailableError:
             assert time.monotonic() < deadline
             time.sleep(0.2)
         else:
@@ -247,6 +250,37 @@ def test_a_blocklisted_client_connects_anew(ceph: CephCluster, tmp_path: Path) -
         cache.create_root_disk("img", "vm-new")
 
 
+def test_a_killed_osd(ceph_bluestore: CephCluster, tmp_path: Path) -> None:
+    """Every call ends in time, in the middle of an import too; the next one after its start works, nothing is left."""
+    cluster = ceph_bluestore
+    pool.empty(cluster)
+    with cache_over(cluster, tmp_path) as cache:
+        cache.create_root_disk("img", "vm")
+        backend = pool.make_backend(cluster, tmp_path, connect_timeout=TIMEOUT)
+        writer = backend.stage_base("half", "raw")
+        writer.set_size(8 * MIB)
+        writer.write_at(0, b"a" * MIB)
+        writer.sync()
+        cluster.kill_osd()
+        writer.write_at(MIB, b"b" * MIB)
+        takes(4 * TIMEOUT, writer.sync)
+        takes(8 * TIMEOUT, lambda: cache.create_root_disk("img", "vm-2"))
+        takes(8 * TIMEOUT, lambda: cache.ensure_base("other"))
+        takes(8 * TIMEOUT, lambda: cache.remove_root_disk("vm"))
+        cluster.start_osd()
+        cache.create_root_disk("img", "vm-2")
+        cache.ensure_base("other")
+        with contextlib.suppress(BackendError):  # what could not be closed is thrown out with what it wrote
+            writer.discard()
+        report = cache.recover()
+        assert (report.alive, report.failed) == ((), {})
+        assert pool.names(cluster) == ["base.img", "base.other", "vm-2_disk", "vm_disk"]
+        for name in ("img", "other"):
+            cache.verify_base(name)
+        backend.close()
+    pool.empty(cluster)
+
+
 def test_a_restart_of_the_whole_cluster(ceph_bluestore: CephCluster, tmp_path: Path) -> None:
     """Stopped, then killed: calls end in time, and go on when the cluster is back, with all that was there."""
     cluster = ceph_bluestore
@@ -260,7 +294,10 @@ def test_a_restart_of_the_whole_cluster(ceph_bluestore: CephCluster, tmp_path: P
             _until_writable(lambda: cache.get_root_disk("vm"))
             assert cache.get_root_disk("vm") == disk
             _until_writable(lambda: cache.create_root_disk("img", "vm-2"))
-            _until_writable(lambda: cache.remove_root_disk("vm-2"))
+            report = cache.recover()
+            assert (report.alive, report.failed) == ((), {})
+            assert pool.names(cluster) == ["base.img", "vm-2_disk", "vm_disk"]
+            cache.remove_root_disk("vm-2")
         cache.verify_base("img")
     pool.empty(cluster)
 

@@ -33,7 +33,8 @@ class CephCluster:
     Args:
         store: where the osd keeps data.
         size: the storage it says it has, in bytes; takes no room before it is written to.
-        client_timeout: seconds after which a client gives up that has no options of its own.
+        client_timeout: seconds after which a client gives up that has no options of its own: more than any test allows
+            for, so that it is by its own options that the library ends in time.
         watch_timeout: seconds for which an image stays in use by a client that died.
     """
 
@@ -43,7 +44,7 @@ class CephCluster:
         *,
         store: Literal["memstore", "bluestore"] = "memstore",
         size: int = 10 * 2**30,
-        client_timeout: int = 5,
+        client_timeout: int = 90,
         watch_timeout: int = 5,
     ) -> None:
         self.dir = directory.absolute()
@@ -117,7 +118,7 @@ class CephCluster:
             "rbd_store_user": "glance",
             "rbd_store_pool": "images",
             "rbd_store_chunk_size": "8",
-            "rados_connect_timeout": str(self._client_timeout),
+            "rados_connect_timeout": "5",
         }
 
     def bindings_path(self) -> Path:
@@ -179,6 +180,14 @@ class CephCluster:
     def resume_osd(self) -> None:
         """Take ``pause_osd`` back."""
         self._daemons["osd"].resume()
+
+    def pause_monitor(self) -> None:
+        """Stop the monitor where it is: data come and go, and nobody answers what only a monitor knows."""
+        self._daemons["mon"].pause()
+
+    def resume_monitor(self) -> None:
+        """Take ``pause_monitor`` back."""
+        self._daemons["mon"].resume()
 
     def kill_osd(self) -> None:
         """Kill the osd; the monitor goes on."""

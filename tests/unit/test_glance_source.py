@@ -265,12 +265,12 @@ class TestStream:
         assert [seen.range for seen in server.downloads("img")] == [None]
         assert len(server.requests) == 2
 
-    def test_chunks_are_about_a_mebibyte(self, source: GlanceSource) -> None:
-        """Chunks are bytes of about 1 MiB."""
+    def test_chunks_come_as_they_arrive(self, source: GlanceSource) -> None:
+        """None is empty, and none is waited for to be large."""
         with source.open(source.get("img")) as chunks:
             sizes = [len(chunk) for chunk in chunks if isinstance(chunk, bytes)]
         assert sum(sizes) == len(DATA)
-        assert all(MIB <= size < 2 * MIB for size in sizes[:-1])
+        assert all(0 < size <= MIB for size in sizes)
 
     @pytest.mark.parametrize("reset", [False, True])
     def test_resumes_by_range(self, source: GlanceSource, server: FlakyGlance, reset: bool) -> None:

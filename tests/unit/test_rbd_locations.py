@@ -8,7 +8,7 @@ import pytest
 
 from nova_imagecache import ConfigError
 from nova_imagecache.backends import BackendPaths, _rbd_store
-from nova_imagecache.backends._rbd_locations import Place, UnusableError, in_cluster, parse
+from nova_imagecache.backends._rbd_locations import Place, UnusableError, in_cluster, parse, shown
 from nova_imagecache.backends.rbd import RbdBackend
 from nova_imagecache.exceptions import InvalidRequestError
 
@@ -45,12 +45,34 @@ def test_places(url: str, place: Place) -> None:
         (f"rbd://{FSID}/images/100%/snap", "percent-encoding is broken"),
         (f"rbd://{FSID}/images/%zz/snap", "percent-encoding is broken"),
         (f"rbd://{FSID}/images/%ff/snap", "not UTF-8"),
+        (f"rbd://{FSID}/images/img%00.bak/snap", "zero byte"),
     ],
 )
 def test_unusable_places_are_told_apart(url: str, words: str) -> None:
     """Other stores, short forms and broken ones each have their own words."""
     with pytest.raises(UnusableError, match=words):
         parse(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        (f"rbd://{FSID}/images/img/snap", f"rbd://{FSID}/images/img/snap"),
+        ("s3+https://ACCESS:SECRET@s3.example/bucket/img", "s3+https://..."),
+        ("swift+config://ref/container/SECRET", "swift+config://..."),
+        ("file:///var/lib/glance/SECRET", "file://..."),
+        ("ACCESS:SECRET@somewhere", "a location without a scheme"),
+        ("SECRET", "a location without a scheme"),
+        ("", "a location without a scheme"),
+    ],
+)
+def test_what_is_told_of_a_location(url: str, told: str) -> None:
+    """Of other stores nothing but their kind: their URLs may carry keys."""
+    assert shown(url) == told
+    if "SECRET" in url:
+        with pytest.raises(UnusableError) as caught:
+            parse(url)
+        assert "SECRET" not in str(caught.value)
 
 
 def test_another_cluster() -> None:

@@ -1,4 +1,4 @@
-"""The only importer of Ceph's bindings (``rados``, ``rbd``): every step that changes a pool, and errors of ours.
+"""The only importer of Ceph's bindings (``rados``, ``rbd``): every step that changes images, and errors of ours.
 
 The functions named in ``SEAMS`` are the steps; whoever wants to count, fail or hold them replaces these attributes
 (``FaultPlan(modules=["nova_imagecache.backends._rados"])``), so they are called as attributes of this module.
@@ -6,18 +6,21 @@ The functions named in ``SEAMS`` are the steps; whoever wants to count, fail or 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import struct
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nova_imagecache.backends._rados_errors import NotThereError, error_of
-from nova_imagecache.exceptions import BackendError, BackendUnavailableError
+from nova_imagecache.backends._rados_errors import NotThereError, StuckError, error_of
+from nova_imagecache.exceptions import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SEAMS = (
+    "make_trash",
     "create",
     "resize",
     "write",
@@ -36,14 +39,12 @@ SEAMS = (
     "remove",
     "put_object",
     "remove_object",
-    "claim",
-    "remove_claimed",
 )
-"""Functions of this module that change a pool."""
+"""Functions of this module that change a pool. ``_rados_claims`` has a few more."""
 
-_CLAIM = "nova_imagecache.claim"
-_MAY_RENEW = 1  # LIBRADOS_LOCK_FLAG_RENEW
-_FULL_TRY = 64  # LIBRADOS_OPERATION_FULL_TRY: a full pool keeps nobody from removing
+TRASH = "rbd_trash"
+"""The object that lists what is in a pool's trash."""
+
 _PACKAGES = "Install Ceph's bindings for this Python (Debian: python3-rados and python3-rbd; they are not on PyPI)"
 
 
@@ -118,7 +119,23 @@ def close_image(image: Image, name: str | None = None) -> None:
         image.close()
 
 
+def abandon(image: Image) -> None:
+    """Never close the image: librbd would wait for ever, here and when Python frees it."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(image))
+
+
 # --- changing: the steps ---------------------------------------------------------------------------------------------
+
+
+def make_trash(ioctx: Any) -> None:
+    """The pool's trash as Ceph makes it when something is first moved there, which it cannot in a pool that is full.
+
+    ``remove`` needs it as well.
+    """
+    rados, _ = bindings()
+    with answers("make the trash"), rados.WriteOpCtx() as operation:
+        operation.new(rados.LIBRADOS_CREATE_IDEMPOTENT)
+        ioctx.operate_write_op(operation, TRASH)
 
 
 def create(ioctx: Ioctx, name: str, size: int, features: int) -> None:
@@ -136,14 +153,34 @@ def resize(image: Any, size: int) -> None:
 
 def write(image: Any, offset: int, data: bytes, done: Callable[[int], None]) -> None:
     """Start writing; ``done`` is called with 0 or a negative errno from a thread of librbd."""
+
+    def ended(completion: Any, data: bytes = data) -> None:
+        del data  # kept until here: librbd may be told (rbd_disable_zero_copy_writes) to write from where they lie
+        done(completion.get_return_value())
+
     with answers(f"write at {offset}"):
-        image.aio_write(data, offset, lambda completion: done(completion.get_return_value()))
+        image.aio_write(data, offset, ended)
 
 
-def flush(image: Any) -> None:
-    """What was written is on stable storage."""
+def flush(image: Any, seconds: float) -> None:
+    """What was written is on stable storage.
+
+    Raises:
+        StuckError: that takes more than so many seconds. The image can then not even be closed.
+    """
+    codes: list[int] = []
+    ended = threading.Event()
+
+    def end(completion: Any) -> None:
+        codes.append(completion.get_return_value())
+        ended.set()
+
     with answers("flush"):
-        image.flush()
+        image.aio_flush(end)
+    if not ended.wait(seconds):
+        raise StuckError(f"a flush neither ends nor fails in {seconds:g} s")
+    if codes[0] < 0:
+        raise error_of(-codes[0], "flush failed")
 
 
 def create_snapshot(image: Any, name: str) -> None:
@@ -248,31 +285,6 @@ def remove_object(ioctx: Any, key: str) -> None:
         return
 
 
-def claim(ioctx: Any, key: str, cookie: str, seconds: int, why: str, *, renewing: bool = False) -> None:
-    """Lock this object for a use of ours; BusyError: another has. Ends by itself, two seconds after ``seconds``."""
-    with answers(f"claim {key}"):
-        ioctx.lock_exclusive(key, _CLAIM, cookie, why, seconds, _MAY_RENEW if renewing else 0)
-
-
-def disclaim(ioctx: Any, key: str, cookie: str) -> None:
-    """End a claim; one that has ended, or whose object is gone, is fine."""
-    try:
-        with answers(f"disclaim {key}"):
-            ioctx.unlock(key, _CLAIM, cookie)
-    except (NotThereError, BackendUnavailableError):  # it ends by itself
-        return
-
-
-def remove_claimed(ioctx: Any, key: str, cookie: str) -> None:
-    """Remove an object and our claim of it in one step; BusyError: it is not ours any more."""
-    rados, _ = bindings()
-    # struct cls_lock_assert_op: name, type 1 (exclusive), cookie, no tag
-    held = _encoded(_CLAIM) + b"\1" + _encoded(cookie) + _encoded("")
-    with answers(f"remove {key} and its claim"), rados.WriteOpCtx() as operation:
-        operation.execute("lock", "assert_locked", struct.pack("<BBI", 1, 1, len(held)) + held)
-        operation.remove()
-        ioctx.operate_write_op(operation, key, flags=_FULL_TRY)
-
-
-def _encoded(text: str) -> bytes:
-    return struct.pack("<I", len(text)) + text.encode("ascii")
+def encoded(text: str) -> bytes:
+    """A string as Ceph writes it."""
+    return struct.pack("<I", len(data := text.encode())) + data

@@ -59,6 +59,12 @@ class ConnectionLostError(BackendUnavailableError):
     """The cluster has thrown this client out; the next call connects anew."""
 
 
+class StuckError(BackendUnavailableError):
+    """Writes neither end nor fail: librbd waits for ever for an image that was removed under it."""
+
+    default_todo = "Call again; if the process stood still for long, recover on another host has taken it for dead"
+
+
 class Losses:
     """How often this process's client was thrown out of a cluster: a connection older than the last time is dead."""
 

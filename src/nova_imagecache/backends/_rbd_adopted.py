@@ -12,14 +12,14 @@ import logging
 import os
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _entries, _fs, _records
 from nova_imagecache._models import round_up
-from nova_imagecache.backends import BaseImage, BaseRecord, ImageInfo, _rbd_look
-from nova_imagecache.backends._rados_errors import ForbiddenError, NoPoolError, NotThereError
-from nova_imagecache.backends._rbd_locations import Place, UnusableError, in_cluster, parse
+from nova_imagecache.backends import BackendError, BaseImage, BaseRecord, ImageInfo, _rbd_look
+from nova_imagecache.backends._rados_errors import NoPoolError, NotThereError
+from nova_imagecache.backends._rbd_locations import Place, UnusableError, in_cluster, parse, shown
 from nova_imagecache.exceptions import ImageRejectedError
 
 if TYPE_CHECKING:
@@ -33,6 +33,16 @@ TOUCH_INTERVAL = 600.0
 
 _CLONABLE = ("raw", "iso")
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What the file of one adopted image says; ``rbd_id`` is the image's id in its pool."""
+
+    place: Place
+    rbd_id: str
+    record: BaseRecord
+    last_used: float
 
 
 class Adopted:
@@ -51,29 +61,44 @@ class Adopted:
 
     def find(self, image_id: str) -> BaseImage | None:
         """The base, if the image was adopted and its snapshot still opens."""
+        known = self._read(image_id)
+        if known is None:
+            return None
+        try:
+            in_cluster(known.place, self._store.connection.fsid())
+            self._look(known.place, known.rbd_id)
+        except UnusableError as err:
+            _log.info("image %s: adopted no longer: %s", image_id, err)
+            self.forget(image_id)
+            return None
+        except BackendError as err:
+            if err.retryable:
+                raise
+            # capabilities may come back, for one; until then it is no use
+            self._say(image_id, str(known.place), err.detail)
+            return None
+        return self._base(image_id, known)
+
+    def is_clone(self, base: BaseImage, parent_id: str) -> bool:
+        """Whether a clone of the image with this id is one of the base; asks nobody."""
+        known = self._read(base.image_id)
+        return known is not None and known.record == base.record and known.rbd_id == parent_id
+
+    def _read(self, image_id: str) -> _Known | None:
         path = self._path(image_id)
         try:
             values = json.loads(path.read_bytes())
-            place, rbd_id = Place(**values["place"]), values["rbd_id"]
-            record = _records.load_base(json.dumps(values["record"]).encode())
-            last_used = path.stat().st_mtime
+            return _Known(
+                place=Place(**values["place"]),
+                rbd_id=values["rbd_id"],
+                record=_records.load_base(json.dumps(values["record"]).encode()),
+                last_used=path.stat().st_mtime,
+            )
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError) as err:
             _log.warning("image %s: what is written of its adoption cannot be read: %s", image_id, err)
             return None
-        try:
-            in_cluster(place, self._store.connection.fsid())
-            self._look(place, rbd_id)
-        except UnusableError as err:
-            _log.info("image %s: adopted no longer: %s", image_id, err)
-            self.forget(image_id)
-            return None
-        except ForbiddenError as err:
-            # the capabilities may come back; until then it is no use
-            self._say(image_id, str(place), err.detail)
-            return None
-        return self._base(image_id, place, record, last_used)
 
     def iter_bases(self) -> Iterator[BaseImage]:
         """Every adopted base."""
@@ -81,9 +106,11 @@ class Adopted:
             if entry.endswith(".json") and (base := self.find(entry.removesuffix(".json"))) is not None:
                 yield base
 
-    def _base(self, image_id: str, place: Place, record: BaseRecord, last_used: float) -> BaseImage:
-        location = self._store.location(place.image, place.snapshot, pool=place.pool)
-        return BaseImage(image_id=image_id, location=location, record=record, managed=False, last_used=last_used)
+    def _base(self, image_id: str, known: _Known) -> BaseImage:
+        location = self._store.location(known.place.image, known.place.snapshot, pool=known.place.pool)
+        return BaseImage(
+            image_id=image_id, location=location, record=known.record, managed=False, last_used=known.last_used
+        )
 
     def _look(self, place: Place, wanted: str | None = None) -> tuple[str, int]:
         """(id, bytes) of the image if a disk can be cloned from it, and it is the one of id ``wanted``."""
@@ -120,9 +147,11 @@ class Adopted:
                 try:
                     return self._adopt(image, url)
                 except UnusableError as err:
-                    reasons.append(f"{url}: {err}")
-                except ForbiddenError as err:
-                    reasons.append(f"{url}: {err.detail}")
+                    reasons.append(f"{shown(url)}: {err}")
+                except BackendError as err:
+                    if err.retryable:  # it may be just what is wanted
+                        raise
+                    reasons.append(f"{shown(url)}: {err.detail}")
         for reason in reasons:
             # no news for whoever has no Glance in this cluster; a location that fails is
             self._say(image.image_id, reason, reason, logging.WARNING if "rbd://" in reason else logging.INFO)
@@ -168,7 +197,8 @@ class Adopted:
         data = (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
         _entries.replace_file(self._path(image.image_id), data, 0o644, staging=self._staging)
         _log.info("image %s: used where it lies, %s", image.image_id, url)
-        return self._base(image.image_id, place, record, self._path(image.image_id).stat().st_mtime)
+        known = _Known(place=place, rbd_id=rbd_id, record=record, last_used=self._path(image.image_id).stat().st_mtime)
+        return self._base(image.image_id, known)
 
     def touch(self, base: BaseImage) -> None:
         """Note that the base is used."""

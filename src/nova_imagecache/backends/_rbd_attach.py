@@ -38,10 +38,12 @@ class AttachableDisks(RbdDisks):
             return disk
         if now is None or now.record != base.record:
             raise BaseNotFoundError("the base went away meanwhile", image_id=base.image_id, stage="attach")
-        rbd_id = self.store.id_of(final)
-        if rbd_id is None:
-            raise DiskNotFoundError(disk_id=disk_id, name=name)
-        if not self._is_clone_of(rbd_id, now):
+        try:
+            with _rbd_look.opened(self.store.io, final) as image:
+                rbd_id, tied = image.id(), self._is_clone_of(image, now)
+        except NotThereError as err:
+            raise DiskNotFoundError(disk_id=disk_id, name=name) from err
+        if not tied:
             with self.store.room():
                 self._tie(now, rbd_id, disk)
         self.touch_base(now)
@@ -71,13 +73,11 @@ class AttachableDisks(RbdDisks):
         with self.store.staging(final) as staging:
             new = None
             try:
-                new = self._clone(base, staging, disk.virtual_size)
-                self._write_down(base, new, disk.virtual_size, final)
-                self._still_there(base, new)
+                new = self._clone(base, staging, final, disk.virtual_size)
                 with _rbd_look.opened_by_id(self.store.io, old) as source:
                     _refuse_watched(source, disk)
                     with _rados.changing(self.store.io, image_id=new) as target:
-                        _copy_differences(source, target)
+                        _copy_differences(source, target, self.store.longest)
                 self._swap(old, new, staging, final)
             except BaseException:
                 self.store.drop(new or self.store.id_of(staging), staging, final)
@@ -102,7 +102,7 @@ def _refuse_watched(image: Image, disk: RootDisk) -> None:
         raise DiskInUseError(detail, disk_id=disk.disk_id, name=disk.name, stage="attach")
 
 
-def _copy_differences(source: Image, target: Image) -> None:
+def _copy_differences(source: Image, target: Image, seconds: float) -> None:
     """Write to ``target`` whatever ``source`` holds otherwise; both are of one size. Reads all data of both."""
     # what neither holds anything in is zeros in both; a discarded object of a clone is told by its parent's data
     extents = [*_rbd_look.data_extents(source, fixed=False), *_rbd_look.data_extents(target, fixed=False)]
@@ -111,7 +111,7 @@ def _copy_differences(source: Image, target: Image) -> None:
         if wanted != _rbd_look.read(target, offset, length):
             failures: list[int] = []
             _rados.write(target, offset, wanted, failures.append)
-            _rados.flush(target)
+            _rados.flush(target, seconds)
             if any(code < 0 for code in failures):
                 raise error_of(-min(failures), "copying a disk's own data failed")
 

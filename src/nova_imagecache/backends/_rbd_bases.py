@@ -38,8 +38,8 @@ from nova_imagecache.backends._rados_errors import (
 )
 from nova_imagecache.backends._rbd_adopted import TOUCH_INTERVAL, Adopted
 from nova_imagecache.backends._rbd_options import RbdOptions
-from nova_imagecache.backends._rbd_owner import STAGING
-from nova_imagecache.backends._rbd_store import LAST_USED, RECORD, SNAPSHOT, SUMS, UNUSED_SINCE, Store, base_name
+from nova_imagecache.backends._rbd_owner import is_unfinished
+from nova_imagecache.backends._rbd_store import BASE, LAST_USED, RECORD, SNAPSHOT, SUMS, UNUSED_SINCE, Store, base_name
 from nova_imagecache.backends._rbd_writer import RbdWriter
 from nova_imagecache.exceptions import BaseInUseError, ImageRejectedError
 
@@ -86,9 +86,18 @@ class RbdBases(Backend):
             seen.add(base.image_id)
             yield base
         for name in _rbd_look.names(self.store.io):
-            image_id = name.removeprefix("base.")
-            if name.startswith("base.") and image_id not in seen and (base_ := self._read(image_id, name)) is not None:
-                yield base_
+            image_id = name.removeprefix(BASE)
+            if not name.startswith(BASE) or image_id in seen:
+                continue
+            try:
+                own = self._read(image_id, name)
+            except BackendError as err:
+                if err.retryable:  # nobody answers: a list that ends here would be a lie
+                    raise
+                _log.warning("base %s is left out: %s", image_id, err)
+                continue
+            if own is not None:
+                yield own
 
     def _read(self, image_id: str, name: str) -> BaseImage | None:
         try:
@@ -108,8 +117,8 @@ class RbdBases(Backend):
             image_id=image_id,
             location=location,
             record=record,
-            last_used=_mark(image, LAST_USED),
-            unused_since=_mark(image, UNUSED_SINCE),
+            last_used=_seconds(_rbd_look.metadata(image, LAST_USED)),
+            unused_since=_seconds(_rbd_look.metadata(image, UNUSED_SINCE)),
             inspected=record.inspector,
         )
 
@@ -138,9 +147,14 @@ class RbdBases(Backend):
         if not base.managed:
             self.adopted.touch(base)
             return
-        now = self.find_own(base.image_id)
+        rbd_id = _rbd_look.named(self.store.io, base_name(base.image_id))
+        if rbd_id is None:
+            return
+        last_used, unused_since = (
+            _seconds(_rbd_look.metadata_of(self.store.io, rbd_id, key)) for key in (LAST_USED, UNUSED_SINCE)
+        )
         # a write for each disk would make one object of all hosts' traffic
-        if now is None or (now.unused_since is None and time.time() - (now.last_used or 0.0) < TOUCH_INTERVAL):
+        if unused_since is None and time.time() - (last_used or 0.0) < TOUCH_INTERVAL:
             return
         with suppress(NotThereError), _rados.changing(self.store.io, name=base_name(base.image_id)) as image:
             _rados.set_metadata(image, LAST_USED, repr(time.time()))
@@ -280,11 +294,11 @@ class RbdBases(Backend):
         room = _rbd_room.left(self.store.connection, self.options.pool)
         staging = trash = 0
         for name in _rbd_look.names(self.store.io):
-            if name.startswith(STAGING):
+            if is_unfinished(name):
                 with suppress(NotThereError), _rbd_look.opened(self.store.io, name) as image:
                     staging += _allocated(image, fixed=False)
         for entry in _rbd_look.trash(self.store.io):
-            if entry.name.startswith(("base.", STAGING)):
+            if entry.name.startswith(BASE) or is_unfinished(entry.name):
                 with suppress(NotThereError), _rbd_look.opened_by_id(self.store.io, entry.image_id) as image:
                     trash += _allocated(image, fixed=False)
         return Capacity(
@@ -299,8 +313,7 @@ def _allocated(image: Image, *, fixed: bool) -> int:
     return sum(length for _, length in _rbd_look.data_extents(image, fixed=fixed))
 
 
-def _mark(image: Image, key: str) -> float | None:
-    text = _rbd_look.metadata(image, key)
+def _seconds(text: str | None) -> float | None:
     try:
         return None if text is None else float(text)
     except ValueError:

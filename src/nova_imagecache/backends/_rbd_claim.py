@@ -12,7 +12,7 @@ import secrets
 import threading
 from typing import TYPE_CHECKING
 
-from nova_imagecache.backends import BackendError, Claim, NoSpaceError, _rados
+from nova_imagecache.backends import BackendError, Claim, NoSpaceError, _rados_claims
 from nova_imagecache.backends._rados_errors import BusyError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def claim_import(store: Store, image_id: str) -> Claim | None:
     cookie = secrets.token_hex(8)
     try:
         with store.room():
-            _rados.claim(store.io, OBJECT + image_id, cookie, SECONDS, _WHY)
+            _rados_claims.claim(store.io, OBJECT + image_id, cookie, SECONDS, _WHY)
     except BusyError:
         return None
     except NoSpaceError as err:
@@ -64,14 +64,14 @@ class _Held(Claim):
         self._released.set()
         self._thread.join()  # a renewal after the removal would make the object again
         try:
-            _rados.remove_claimed(self._store.io, OBJECT + self._image_id, self._cookie)
+            _rados_claims.remove_claimed(self._store.io, OBJECT + self._image_id, self._cookie)
         except BackendError as err:  # it ends by itself, or has ended
             _log.info("image %s: the claim was not given back: %s", self._image_id, err)
 
     def _renew(self) -> None:
         while not self._released.wait(RENEWAL):
             try:
-                _rados.claim(self._store.io, OBJECT + self._image_id, self._cookie, SECONDS, _WHY, renewing=True)
+                _rados_claims.claim(self._store.io, OBJECT + self._image_id, self._cookie, SECONDS, _WHY, renewing=True)
             except BusyError:
                 _log.warning("image %s: the claim had ended, and is somebody else's now", self._image_id)
                 return

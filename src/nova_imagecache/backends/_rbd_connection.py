@@ -6,6 +6,7 @@ import math
 import os
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from nova_imagecache.backends import _rbd_look
 from nova_imagecache.backends._rados import answers, bindings
 from nova_imagecache.backends._rados_errors import (
     LOSSES,
+    ConnectionLostError,
     ForbiddenError,
     ForkedError,
     NoPoolError,
@@ -30,11 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """Which cluster, as whom, and how many seconds it may take to answer."""
+    """Which cluster, and as whom."""
 
     conf: str
     user: str
-    timeout: float
 
 
 class Connection:
@@ -46,6 +47,8 @@ class Connection:
     def __init__(self, address: Address) -> None:
         self.address = address
         self.holders = 0
+        self.timeout = math.inf
+        """Seconds that the cluster may take to answer: the least that a holder wants when the connection is made."""
         self._lock = threading.Lock()
         self._cluster: Any = None
         self._lost: list[Any] = []
@@ -66,18 +69,27 @@ class Connection:
             NoPoolError: there is none of that name.
             BackendUnavailableError: the cluster does not answer.
         """
-        cluster = self._connected()
-        with self._lock:
-            try:
-                # answered from the map of the cluster that the client holds
-                with answers(f"look for pool {name}"):
-                    number = cluster.pool_lookup(name)
-                    known = self._pools.get(name)
-                    if known is None or known[0] != number:
-                        known = self._pools[name] = (number, cluster.open_ioctx(name))
-            except NotThereError:
-                raise NoPoolError(f"there is no pool {name!r} in the cluster") from None
-            return known[1]
+        while True:
+            cluster = self._connected()
+            number = self._number(cluster, name)
+            known = self._pools.get(name)
+            if known is not None and known[0] == number:
+                return known[1]
+            ioctx = _open_pool(cluster, name)
+            with self._lock:
+                known = self._pools.get(name)
+                if self._cluster is cluster and (known is None or known[0] != number):
+                    self._pools[name] = (number, ioctx)
+                    return ioctx
+            ioctx.close()  # another thread was first, or the connection was lost meanwhile
+
+    def _number(self, cluster: Any, name: str) -> int:
+        with suppress(NotThereError), answers(f"look for pool {name}"):
+            # the client's own map knows; what is not in it is asked for by a call that ends: pool_lookup waits for a
+            # newer map as long as that takes
+            if name in cluster.list_pools() or name in _rbd_look.command(cluster, "osd pool ls"):
+                return int(cluster.pool_lookup(name))
+        raise NoPoolError(f"there is no pool {name!r} in the cluster")
 
     def fsid(self) -> str:
         """The cluster's id."""
@@ -98,9 +110,16 @@ class Connection:
     def monitors(self) -> tuple[tuple[str, int], ...]:
         """(address, port) of each monitor, as libvirt and qemu take them; asked once a connection."""
         self._connected()
-        if self._hosts is None:
-            self._hosts = tuple(_hosts(self.command("mon dump")))
-        return self._hosts
+        hosts = self._hosts
+        if hosts is None:
+            hosts = self._hosts = tuple(_hosts(self.command("mon dump")))
+        return hosts
+
+    def client(self) -> int:
+        """The number by which the cluster knows this client, in lists of watchers for instance."""
+        cluster = self._connected()
+        with answers("ask for the client's number"):
+            return int(cluster.get_instance_id())
 
     def shared(self, kind: type, pool: str, make: Callable[[], Any]) -> Any:
         """The one thing of this kind and pool that all holders share, made by whoever asks first."""
@@ -117,13 +136,18 @@ class Connection:
     # --- making and ending it
 
     def _connected(self) -> Any:
-        if self._cluster is not None and self._pid == os.getpid() and self._losses == LOSSES.count:
-            return self._cluster
+        cluster = self._cluster
+        if cluster is not None and self._pid == os.getpid() and self._losses == LOSSES.count:
+            return cluster
         _refuse_forked()
         asked = time.monotonic()
         with self._lock:
-            if self._cluster is not None and self._losses != LOSSES.count:
-                self._lose()
+            if self._cluster is not None and (seen := LOSSES.count) != self._losses:
+                # that may be old news, of an image that was opened before the connection was made
+                if self._is_lost():
+                    self._lose()
+                else:
+                    self._losses = seen
             if self._cluster is None:
                 # of many that wait for a cluster that is down, one finds out
                 if self._failed is not None and self._failed[0] >= asked:
@@ -140,7 +164,7 @@ class Connection:
     def _connect(self) -> Any:
         rados, _ = bindings()
         _PROCESS.pid = os.getpid()
-        seconds = str(math.ceil(self.address.timeout))  # Ceph takes whole ones
+        seconds = str(math.ceil(self.timeout))  # Ceph takes whole ones
         # connect(timeout=) is ignored; these three count, for the first answer and for each operation
         limits = {"client_mount_timeout": seconds, "rados_osd_op_timeout": seconds, "rados_mon_op_timeout": seconds}
         what = f"connect as client.{self.address.user} by {self.address.conf}"
@@ -157,15 +181,33 @@ class Connection:
             raise ForbiddenError(err.detail, stage="connecting", todo=todo) from err
         return cluster
 
+    def _is_lost(self) -> bool:
+        """Whether the cluster has thrown this very connection out: then it refuses everything, also a look."""
+        known = next(iter(self._pools.values()), None)
+        if known is None:  # no image was opened over it yet
+            return False
+        try:
+            _rbd_look.read_object(known[1], "rbd_directory")
+        except ConnectionLostError:
+            return True
+        except BackendError:  # whoever goes on hears of that
+            return False
+        return False
+
     def _lose(self) -> None:
         """Forget the connection: the cluster has thrown it out. It is kept, since open images hold on to it."""
         self._lost.append(self._cluster)
         self._cluster = self._hosts = None
         self._pools, self._shared, self._endings = {}, {}, []
 
+    @property
+    def is_anothers(self) -> bool:
+        """Whether this is a forked child's copy of its parent's connection."""
+        return self._cluster is not None and self._pid != os.getpid()
+
     def end(self) -> None:
         """Give the connection back to the cluster."""
-        if self._cluster is None or self._pid != os.getpid():  # a forked child's copy is the parent's
+        if self._cluster is None or self.is_anothers:
             return
         for call in self._endings:
             call()
@@ -195,11 +237,12 @@ def _refuse_forked() -> None:
         raise ForkedError("this process was forked from one that has used Ceph, whose client does not survive that")
 
 
-def hold(address: Address) -> Connection:
-    """The process's connection to this address; nothing is connected yet."""
+def hold(address: Address, timeout: float) -> Connection:
+    """The process's connection to this address; nothing is connected yet. ``timeout`` as in ``Connection``."""
     with _PROCESS.lock:
         connection = _PROCESS.connections.setdefault(address, Connection(address))
         connection.holders += 1
+        connection.timeout = min(connection.timeout, timeout)
         return connection
 
 
@@ -211,6 +254,14 @@ def release(connection: Connection) -> None:
             return
         _PROCESS.connections.pop(connection.address, None)
     connection.end()
+
+
+def _open_pool(cluster: Any, name: str) -> Ioctx:
+    with answers(f"open pool {name}"):
+        ioctx: Any = cluster.open_ioctx(name)
+        # a full pool refuses at once what takes room, and lets pass what frees it: otherwise both wait until it is not
+        ioctx.set_osdmap_full_try()
+        return ioctx  # type: ignore[no-any-return]
 
 
 def _hosts(answer: Any) -> Iterator[tuple[str, int]]:

@@ -24,7 +24,7 @@ from nova_imagecache.backends import (
 )
 from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError, RefusedError, SnapshotsError
 from nova_imagecache.backends._rbd_bases import RbdBases
-from nova_imagecache.backends._rbd_store import DISK, FINAL, GOING, SNAPSHOT, disk_name, split_disk_name
+from nova_imagecache.backends._rbd_store import DISK, FINAL, GOING, RECORD, SNAPSHOT, disk_name, split_disk_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,15 +41,12 @@ class RbdDisks(RbdBases):
 
     def create_root_disk(self, base: BaseImage, disk_id: str, name: str, size: int) -> RootDisk:
         final = disk_name(disk_id, name)
-        if self.store.id_of(final) is not None:
+        if _rbd_look.named(self.store.io, final) is not None:
             raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name)
         with self.store.room(), self.store.staging(final) as staging:
             rbd_id = None
             try:
-                rbd_id = self._clone(base, staging, size)
-                self._write_down(base, rbd_id, size, final)
-                # the clone is counted by now; whoever takes the base away looks the other way round
-                self._still_there(base, rbd_id)
+                rbd_id = self._clone(base, staging, final, size)
                 self.store.publish(rbd_id, staging, final)
             except BaseException as err:
                 published = not self.store.drop(rbd_id or self.store.id_of(staging), staging, final)
@@ -58,8 +55,35 @@ class RbdDisks(RbdBases):
                 raise
         return self._told(disk_id, name, size, base.image_id)
 
-    def _clone(self, base: BaseImage, staging: str, size: int) -> str:
-        """A clone of the base under a staging name, ``size`` bytes long; its id."""
+    def _clone(self, base: BaseImage, staging: str, final: str, size: int) -> str:
+        """A clone of the base under a staging name, ``size`` bytes long, with its record; its id.
+
+        Raises:
+            BaseNotFoundError: the clone is of another base than was given, or the base has its name no longer.
+        """
+        self._clone_snapshot(base, staging)
+        record = _records.DiskRecord(
+            image_id=base.image_id,
+            format="raw",
+            reference="clone",
+            created_size=size,
+            digest=base.digest,
+            base_format=base.format,
+            made_at=time.time(),
+        )
+        # opening costs more than all that is done here, so it is done at once
+        with _rados.changing(self.store.io, name=staging) as image:
+            # the clone is counted by now; whoever takes the base away looks the other way round
+            self._still_there(base, image)
+            if image.size() != size:
+                _rados.resize(image, size)
+            _rados.set_metadata(image, DISK, _records.dump_disk(record).decode())
+            _rados.set_metadata(image, FINAL, final)
+            rbd_id = image.id()
+        self.touch_base(base)
+        return rbd_id
+
+    def _clone_snapshot(self, base: BaseImage, staging: str) -> None:
         source, parent = self._whereabouts(base)
         snapshot = base.location.snapshot if isinstance(base.location, RbdLocation) else None
         snapshot = snapshot or SNAPSHOT
@@ -76,43 +100,29 @@ class RbdDisks(RbdBases):
                 _rados.clone(source, parent, snapshot, self.store.io, staging, features=features)
         except NotThereError as err:
             raise BaseNotFoundError("the base went away meanwhile", image_id=base.image_id, stage="clone") from err
-        with _rados.changing(self.store.io, name=staging) as image:
-            if image.size() != size:
-                _rados.resize(image, size)
-            return image.id()
 
-    def _write_down(self, base: BaseImage, rbd_id: str, size: int, final: str) -> None:
-        record = _records.DiskRecord(
-            image_id=base.image_id,
-            format="raw",
-            reference="clone",
-            created_size=size,
-            digest=base.digest,
-            base_format=base.format,
-            made_at=time.time(),
-        )
-        with _rados.changing(self.store.io, image_id=rbd_id) as image:
-            _rados.set_metadata(image, DISK, _records.dump_disk(record).decode())
-            _rados.set_metadata(image, FINAL, final)
-
-    def _still_there(self, base: BaseImage, rbd_id: str) -> None:
-        """See that the clone's parent is the base that was given, still has its name, and is used from now on."""
-        now = self.find_base(base.image_id)
-        if now is None or now.record != base.record or not self._is_clone_of(rbd_id, now):
+    def _still_there(self, base: BaseImage, clone: Image) -> None:
+        """See that the clone's parent is the base that was given, and still has its name."""
+        if not (self._has_record(base, clone) and self._is_clone_of(clone, base)):
             raise BaseNotFoundError("the base went away meanwhile", image_id=base.image_id, stage="clone")
-        self.touch_base(now)
 
-    def _is_clone_of(self, rbd_id: str, base: BaseImage) -> bool:
-        source, name = self._whereabouts(base)
-        with _rbd_look.opened_by_id(self.store.io, rbd_id) as image:
-            found = _rbd_look.parent(image)
+    def _has_record(self, base: BaseImage, clone: Image) -> bool:
+        """Whether the clone was made of a base with this record, not of another one of the same name."""
+        if not base.managed:
+            return (found := _rbd_look.parent(clone)) is not None and self.adopted.is_clone(base, found[1])
+        # a clone begins with a copy of its parent's metadata
+        text = _rbd_look.metadata(clone, RECORD)
         try:
-            with _rbd_look.opened(source, name) as image:
-                wanted = image.id()
-        except NotThereError:
+            return text is not None and _records.load_base(text.encode()) == base.record
+        except _records.RecordError:
             return False
+
+    def _is_clone_of(self, image: Image, base: BaseImage) -> bool:
+        """Whether the image is a clone of what has the base's name now."""
+        source, name = self._whereabouts(base)
+        found = _rbd_look.parent(image)
         pool = base.location.pool if isinstance(base.location, RbdLocation) else ""
-        return found is not None and found[:2] == (pool, wanted)
+        return found is not None and found[:2] == (pool, _rbd_look.named(source, name))
 
     # --- looking
 
@@ -129,6 +139,8 @@ class RbdDisks(RbdBases):
 
     def get_root_disk(self, disk_id: str, name: str) -> RootDisk | None:
         final = disk_name(disk_id, name)
+        if _rbd_look.named(self.store.io, final) is None:
+            return None
         try:
             with _rbd_look.opened(self.store.io, final) as image:
                 record = self._record(image, disk_id, name)
@@ -195,30 +207,29 @@ class RbdDisks(RbdBases):
     # --- going
 
     def remove_root_disk(self, disk_id: str, name: str) -> None:
-        final = disk_name(disk_id, name)
-        rbd_id = self.store.id_of(final)
-        if rbd_id is None:
+        final, rbd_id = disk_name(disk_id, name), ""
+        try:
+            rbd_id = self.store.patiently(lambda: self._unused(disk_id, name))
+            self._take_out(rbd_id, final, why="removed")
+            self.store.patiently(lambda: _rados.trash_remove(self.store.io, rbd_id))
+        except NotThereError:  # it was not there, or somebody else removed it
             return
-        with _rbd_look.opened(self.store.io, final) as image:
+        except (BusyError, SnapshotsError) as err:
+            if rbd_id := rbd_id or self.store.id_of(final) or "":
+                raise self._in_use(rbd_id, final, disk_id, name) from err
+
+    def _unused(self, disk_id: str, name: str) -> str:
+        """The id of a disk that can be removed."""
+        with _rbd_look.opened(self.store.io, disk_name(disk_id, name)) as image:
             if _rbd_look.metadata(image, DISK) is None:
                 detail = "an image of that name is there, but nothing says that it is a root disk of this cache"
                 todo = "Remove the image by hand if it is not needed"
                 raise DiskNotFoundError(detail, disk_id=disk_id, name=name, todo=todo)
-        try:
-            self.store.patiently(lambda: self._refuse_watched(final))
-            self._take_out(rbd_id, final, why="removed")
-            self.store.patiently(lambda: _rados.trash_remove(self.store.io, rbd_id))
-        except NotThereError:  # somebody else removed it
-            return
-        except (BusyError, SnapshotsError) as err:
-            raise self._in_use(rbd_id, final, disk_id, name) from err
-
-    def _refuse_watched(self, final: str) -> None:
-        with _rbd_look.opened(self.store.io, final) as image:
             if found := _rbd_look.snapshots(image):
                 raise SnapshotsError(f"it has the snapshots {', '.join(found)}")
             if watchers := _rbd_look.watchers(image):
                 raise BusyError(f"it is open at {', '.join(watchers)}")
+            return image.id()
 
     def _take_out(self, rbd_id: str, final: str, *, why: str) -> None:
         """Move a disk to the trash, marked so that ``recover`` knows what was meant."""

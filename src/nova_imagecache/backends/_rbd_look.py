@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
-from nova_imagecache.backends._rados import answers, bindings, close_image
+from nova_imagecache.backends._rados import answers, bindings, close_image, encoded
 from nova_imagecache.backends._rados_errors import NotThereError, error_of
 
 if TYPE_CHECKING:
@@ -64,6 +64,16 @@ def opened_by_id(ioctx: Ioctx, image_id: str) -> Iterator[Image]:
         close_image(image)
 
 
+def named(ioctx: Ioctx, name: str) -> str | None:
+    """The id of the image to which the name leads, from the pool's directory alone: opening it costs 30 times that.
+
+    None: nobody has the name. Half a removed image may still have it.
+    """
+    # "rbd_id.<name>" holds the id with its length before it, in four bytes
+    found = read_object(ioctx, f"rbd_id.{name}")
+    return None if found is None else found[4:].decode()
+
+
 def names(ioctx: Ioctx) -> list[str]:
     """The images of the pool, trash left out."""
     _, rbd = bindings()
@@ -101,6 +111,16 @@ def metadata(image: Any, key: str) -> str | None:
         except KeyError:
             return None
         return value
+
+
+def metadata_of(ioctx: Any, image_id: str, key: str) -> str | None:
+    """A value of the metadata of an image that is not opened for it; None also where there is no such image."""
+    try:
+        with answers(f"read metadata {key} of {image_id}"):
+            _, found = ioctx.execute(f"rbd_header.{image_id}", "rbd", "metadata_get", encoded(key))
+    except NotThereError:
+        return None
+    return bytes(found)[4:].decode()
 
 
 def snapshots(image: Any) -> list[str]:
@@ -142,6 +162,12 @@ def watchers(image: Any) -> list[str]:
     """Who has the image open for writing, as "client <number> at <address>"."""
     with answers("list watchers"):
         return [f"client {one['id']} at {one['addr']}" for one in image.watchers_list()]
+
+
+def watching(image: Any) -> set[int]:
+    """The numbers of the clients that have the image open for writing."""
+    with answers("list watchers"):
+        return {int(one["id"]) for one in image.watchers_list()}
 
 
 def data_extents(image: Any, *, fixed: bool) -> list[tuple[int, int]]:

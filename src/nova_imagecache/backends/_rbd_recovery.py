@@ -7,6 +7,8 @@ live one for ``osd_client_watch_timeout`` (30 s by default), and until then it i
 from __future__ import annotations
 
 import json
+import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,14 +17,13 @@ from nova_imagecache.backends import BackendError, RecoveryReport, Retired, User
 from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError
 from nova_imagecache.backends._rbd_attach import AttachableDisks
 from nova_imagecache.backends._rbd_bases import TRASH
-from nova_imagecache.backends._rbd_owner import OWNER, STAGING
-from nova_imagecache.backends._rbd_store import DAMAGED, DELAY, FINAL, GOING, RECORD, SNAPSHOT, split_disk_name
+from nova_imagecache.backends._rbd_look import Trashed
+from nova_imagecache.backends._rbd_owner import is_sign, is_unfinished
+from nova_imagecache.backends._rbd_store import BASE, DAMAGED, DELAY, FINAL, GOING, RECORD, SNAPSHOT, split_disk_name
 from nova_imagecache.exceptions import BaseInUseError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from nova_imagecache.backends._rbd_look import Trashed
+    from collections.abc import Callable, Iterator
 
 _PROMPT = 600.0
 """Seconds within which a disk that is being removed comes to the trash; who moves it there later has another reason."""
@@ -43,23 +44,22 @@ class RecoverableRbd(AttachableDisks):
 
     def recover(self) -> RecoveryReport:
         notes = _Notes()
-        trash = _rbd_look.trash(self.store.io)
-        names = [name for name in _rbd_look.names(self.store.io) if name.startswith(STAGING)]
+        trash, names = _rbd_look.trash(self.store.io), _rbd_look.names(self.store.io)
         # disks and what is unfinished first: they are clones, which retired bases wait for
         for entry in trash:
-            if not entry.name.startswith("base."):
-                settle = self._settle_unfinished if entry.name.startswith(STAGING) else self._settle_disk
+            if not entry.name.startswith(BASE):
+                settle = self._settle_unfinished if is_unfinished(entry.name) else self._settle_disk
                 self._try(f"trash/{entry.name}", notes, partial(settle, entry, notes))
-        for name in names:
-            if not name.startswith(OWNER):
-                self._try(f"staging/{name}", notes, partial(self._sweep_named, name, notes))
+        for name in filter(is_unfinished, names):
+            self._try(f"staging/{name}", notes, partial(self._sweep_named, name, notes))
         for entry in trash:
-            if entry.name.startswith("base."):
+            if entry.name.startswith(BASE):
                 self._try(f"trash/{entry.name}", notes, partial(self._settle_retired, entry, notes))
+        for name in self.bases_without_snapshot(names):
+            self._try(f"bases/{name}", notes, partial(self._sweep_useless, name, notes))
         # who has no sign of life any more has nothing unfinished any more
-        for name in names:
-            if name.startswith(OWNER):
-                self._try(f"staging/{name}", notes, partial(self._sweep_owner, name))
+        for name in filter(is_sign, names):
+            self._try(f"staging/{name}", notes, partial(self._sweep_owner, name))
         return RecoveryReport(
             removed=tuple(notes.removed),
             restored=tuple(notes.restored),
@@ -96,12 +96,12 @@ class RecoverableRbd(AttachableDisks):
             self.store.empty(entry.image_id, entry.name)
             notes.removed.append(f"trash/{entry.name}")
             return
-        if self.store.id_of(entry.name) == entry.image_id:
-            # half-way into the trash or out of it; the way out is safe to finish from either
-            _rados.trash_move(self.store.io, entry.name, DELAY)
         base = self._retired(entry)
         if base is None:
             return
+        if self.store.id_of(entry.name) == entry.image_id:
+            # half-way into the trash or out of it; the way out is safe to finish from either
+            _rados.trash_move(self.store.io, entry.name, DELAY)
         try:
             self.purge(base)
         except BusyError:
@@ -119,7 +119,7 @@ class RecoverableRbd(AttachableDisks):
         notes.removed.append(f"trash/{entry.name}")
 
     def _retired(self, entry: Trashed) -> Retired | None:
-        image_id = entry.name.removeprefix("base.")
+        image_id = entry.name.removeprefix(BASE)
         location = self.store.location(TRASH + entry.image_id, SNAPSHOT)
         with _rbd_look.opened_by_id(self.store.io, entry.image_id) as image:
             if _rbd_look.metadata(image, RECORD) is None:  # somebody else's
@@ -141,14 +141,14 @@ class RecoverableRbd(AttachableDisks):
             if not self._headless(entry):
                 return  # somebody else moved it there, and may want it back
         else:
-            values = json.loads(going)
-            if entry.moved_at - values["at"] > _PROMPT:
+            why, at = _parsed(going)
+            if entry.moved_at - at > _PROMPT:
                 return
             if self._watched(entry.image_id):
                 notes.alive.append(f"trash/{entry.name}")
                 return
             named = self.store.id_of(entry.name)
-            if values["why"] == "replaced" and named in (None, entry.image_id):
+            if why == "replaced" and named in (None, entry.image_id):
                 self._put_back(entry.image_id, entry.name)
                 notes.restored.append(f"trash/{entry.name}")
                 return
@@ -186,7 +186,37 @@ class RecoverableRbd(AttachableDisks):
         if not self.store.owner.is_own(name) and not self.store.owner.signs(name):
             _rados.remove(self.store.io, name)
 
+    # --- under a base's name
+
+    def _sweep_useless(self, name: str, notes: _Notes) -> None:
+        """A base of ours that has lost its snapshot keeps its image from being brought in: out of its way."""
+        rbd_id = self.store.id_of(name)
+        if rbd_id is None or self._note(rbd_id, RECORD) is None:  # somebody else's; check tells of it
+            return
+        self.store.take_away(rbd_id, name)
+        notes.removed.append(f"bases/{name}")
+        # what depends on it keeps it, in the trash
+        with suppress(BaseInUseError, UsersUnknownError):
+            if (base := self._retired(Trashed(image_id=rbd_id, name=name, moved_at=time.time()))) is not None:
+                self.purge(base)
+
     # --- looking
+
+    def bases_without_snapshot(self, names: list[str]) -> Iterator[str]:
+        """Those of the names that are a base's and lead to an image from which nothing can be cloned."""
+        for name in names:
+            if name.startswith(BASE):
+                try:
+                    with _rbd_look.opened(self.store.io, name) as image:
+                        whole = SNAPSHOT in _rbd_look.snapshots(image)
+                except NotThereError:  # removed meanwhile
+                    continue
+                except BackendError as err:
+                    if err.retryable:
+                        raise
+                    whole = False
+                if not whole:
+                    yield name
 
     def _note(self, rbd_id: str, key: str) -> str | None:
         try:
@@ -201,3 +231,16 @@ class RecoverableRbd(AttachableDisks):
                 return bool(_rbd_look.watchers(image))
         except NotThereError:
             return False
+
+
+def _parsed(going: str) -> tuple[str, float]:
+    """Why and when a disk was moved to the trash.
+
+    Raises:
+        BackendError: that cannot be read.
+    """
+    try:
+        values = json.loads(going)
+        return str(values["why"]), float(values["at"])
+    except (ValueError, TypeError, KeyError) as err:
+        raise BackendError(f"its {GOING} cannot be read: {going[:80]!r}", todo="Remove or restore it by hand") from err

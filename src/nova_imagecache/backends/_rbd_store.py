@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from nova_imagecache.backends import RbdLocation, _rados, _rbd_look, _rbd_room
+from nova_imagecache.backends import RbdLocation, _rados, _rados_claims, _rbd_look, _rbd_room
 from nova_imagecache.backends._rados_errors import BusyError, NotThereError, UnfinishedError
 from nova_imagecache.backends._rbd_connection import Address, Connection, hold, release
 from nova_imagecache.backends._rbd_options import FEATURES, LAYERING, RbdOptions
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+BASE = "base."
 SNAPSHOT = "base"
 RECORD = "nova_imagecache.base"
 LAST_USED = "nova_imagecache.last-used"
@@ -48,7 +50,10 @@ DELAY = 86400
 """Seconds for which a purge of the pool's trash by somebody else leaves alone what passes through it."""
 
 _CLAIM_SECONDS = 10
-_RESERVED = ("base.", "staging.", "trash.")
+_ASK_AGAIN = 60.0
+"""Seconds for which the monitors' answer is good that tells the format of clones."""
+
+_RESERVED = (BASE, "staging.", "trash.")
 
 
 class Store:
@@ -57,16 +62,26 @@ class Store:
     def __init__(self, options: RbdOptions, patience: float) -> None:
         self.options = options
         self.patience = patience
-        self._address = Address(conf=options.conf, user=options.user, timeout=options.connect_timeout)
+        self._address = Address(conf=options.conf, user=options.user)
+        self._lock = threading.Lock()
         self._held: Connection | None = None
+        self.endings: set[Callable[[], None]] = set()
+        """Called by ``close``: librbd waits for ever for an image to close whose connection is gone."""
         self._features: int | None = None
+        self._protection: tuple[float, bool] | None = None
 
     @property
     def connection(self) -> Connection:
         """The process's connection to the cluster."""
-        if self._held is None:
-            self._held = hold(self._address)
-        return self._held
+        with self._lock:
+            if self._held is None:
+                self._held = hold(self._address, self.options.connect_timeout)
+            return self._held
+
+    @property
+    def longest(self) -> float:
+        """Seconds after which a write that neither ends nor fails is given up. It makes several operations."""
+        return 4 * self.options.connect_timeout
 
     @property
     def io(self) -> Ioctx:
@@ -86,8 +101,15 @@ class Store:
         return owner
 
     def close(self) -> None:
-        """Give the connection back."""
-        held, self._held = self._held, None
+        """Give the connection back; what still hangs on to it is ended before."""
+        with self._lock:
+            held = self._held
+        if held is None or held.is_anothers:
+            return
+        for call in list(self.endings):
+            call()
+        with self._lock:
+            held, self._held = self._held, None
         if held is not None:
             release(held)
 
@@ -123,7 +145,11 @@ class Store:
         if asked in ("1", "2"):
             return asked == "1"
         # "auto" is format 2 once the cluster refuses clients that are older than it
-        return str(self.connection.command("osd get-require-min-compat-client")) < "mimic"
+        known = self._protection
+        if known is None or time.monotonic() - known[0] > _ASK_AGAIN:
+            answer = str(self.connection.command("osd get-require-min-compat-client"))
+            known = self._protection = (time.monotonic(), answer < "mimic" or answer == "unknown")
+        return known[1]
 
     # --- finding
 
@@ -168,14 +194,14 @@ class Store:
             NotThereError: the name is gone, or another image's.
         """
         # trash_move alone tells all of them that it worked
-        key, cookie = f"rbd_header.{rbd_id}", secrets.token_hex(8)
+        cookie, why = secrets.token_hex(8), "taking the name away"
+        key = self.patiently(lambda: _rados_claims.claim_image(self.io, rbd_id, cookie, _CLAIM_SECONDS, why))
         try:
-            self.patiently(lambda: _rados.claim(self.io, key, cookie, _CLAIM_SECONDS, "taking the name away"))
             if self.id_of(name) != rbd_id:
                 raise NotThereError(f"{name} is gone, or another image")
             _rados.trash_move(self.io, name, DELAY)
         finally:
-            _rados.disclaim(self.io, key, cookie)
+            _rados_claims.disclaim(self.io, key, cookie)
 
     def drop(self, rbd_id: str | None, staging: str, final: str | None) -> bool:
         """Remove an unfinished image, wherever it is; False: it had been published after all, and is whole.
@@ -271,7 +297,7 @@ def checked(value: str, what: str) -> str:
 
 def base_name(image_id: str) -> str:
     """The name of an image's base."""
-    return f"base.{checked(image_id, 'image id')}"
+    return BASE + checked(image_id, "image id")
 
 
 def disk_name(disk_id: str, name: str) -> str:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _records
 from nova_imagecache._models import round_up
-from nova_imagecache.backends import BackendError, BaseImage, BaseRecord, BaseWriter, _rados
-from nova_imagecache.backends._rados_errors import ExistsError, error_of
+from nova_imagecache.backends import (
+    BackendError,
+    BaseImage,
+    BaseRecord,
+    BaseWriter,
+    _rados,
+    _rbd_look,
+)
+from nova_imagecache.backends._rados_errors import ExistsError, StuckError, error_of
 from nova_imagecache.backends._rbd_store import FINAL, LAST_USED, RECORD, SNAPSHOT, SUMS, base_name
 
 if TYPE_CHECKING:
     from nova_imagecache.backends._rbd_bases import RbdBases
 
-_IN_FLIGHT = 16
-"""Writes at once; each is at most as long as what the core hands over, one MiB."""
+_IN_FLIGHT = 8
+"""Writes at once; each is at most as long as what the core hands over, one object of 4 MiB."""
 
 _STEP = 2**30
 """Bytes by which an image of unknown length grows."""
@@ -38,11 +45,13 @@ class RbdWriter(BaseWriter):
         self._slots = threading.BoundedSemaphore(_IN_FLIGHT)
         self._failure: int | None = None
         self._size = self._room = 0
-        self._published = False
+        self._published = self._stuck = False
         self._rbd_id: str | None = None
         self._image: _rados.Image | None = None
         self._life = ExitStack()
         self._staging = self._life.enter_context(self._store.staging(image_id))
+        self._store.endings.add(self._end)
+        self._life.callback(self._store.endings.discard, self._end)
         try:
             with self._store.room():
                 _rados.create(self._store.io, self._staging, 0, self._store.features())
@@ -62,7 +71,7 @@ class RbdWriter(BaseWriter):
     def _resize(self, room: int) -> None:
         if room != self._room:
             with self._store.room():
-                _rados.resize(self._opened(), room)
+                _rados.resize(self._live(), room)
             self._room = room
 
     def write_at(self, offset: int, buffer: bytes | bytearray | memoryview) -> None:
@@ -71,10 +80,10 @@ class RbdWriter(BaseWriter):
             if end > self._room:
                 self._resize(end if end <= self._size else -(-end // _STEP) * _STEP)
             self._size = max(self._size, end)
-        self._slots.acquire()
+        self._take_slot()
         try:
             self._raise_failure()
-            _rados.write(self._opened(), offset, bytes(buffer), self._written)
+            _rados.write(self._live(), offset, bytes(buffer), self._written)
         except BaseException:
             self._slots.release()
             raise
@@ -94,20 +103,34 @@ class RbdWriter(BaseWriter):
         """Come back when no write is in flight."""
         with self._settling:  # two that gather slots would wait for each other
             for _ in range(_IN_FLIGHT):
-                self._slots.acquire()
+                self._take_slot()
             for _ in range(_IN_FLIGHT):
                 self._slots.release()
 
-    def write_sums(self, sums: bytes) -> None:
+    def _take_slot(self) -> None:
+        if self._stuck or not self._slots.acquire(timeout=self._store.longest):
+            self._stuck = True
+            raise StuckError(f"writes to {self._staging} neither end nor fail")
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        self._settle()
+        self._raise_failure()
+        return _rbd_look.read(self._live(), offset, length).ljust(length, b"\0")
+
+    def write_sums(self, sums: bytes | memoryview) -> None:
         # not in the image's metadata, which every clone begins with a copy of
         with self._store.room():
-            _rados.put_object(self._store.io, f"{SUMS}{self._rbd_id}", sums)
+            _rados.put_object(self._store.io, f"{SUMS}{self._rbd_id}", bytes(sums))
 
     def sync(self) -> None:
         self._settle()
         self._raise_failure()
         with self._store.room():
-            _rados.flush(self._opened())
+            try:
+                _rados.flush(self._live(), self._store.longest)
+            except StuckError:
+                self._stuck = True
+                raise
 
     # --- the end
 
@@ -120,7 +143,7 @@ class RbdWriter(BaseWriter):
         self.sync()
         if rbd_id is None:
             raise BackendError("the writer has been closed", image_id=self._image_id, stage="publish")
-        image = self._opened()
+        image = self._live()
         with self._store.room():
             _rados.create_snapshot(image, SNAPSHOT)
             if self._store.clones_need_protection():
@@ -150,9 +173,11 @@ class RbdWriter(BaseWriter):
                 self._published = True
                 return base
         detail = f"the base cannot be published: something else has the name {self._final}"
-        raise BackendError(detail, image_id=self._image_id, stage="publish", todo="Look at that image in the pool")
+        raise BackendError(
+            detail, image_id=self._image_id, stage="publish", todo="Call recover, or look at that image in the pool"
+        )
 
-    def _opened(self) -> _rados.Image:
+    def _live(self) -> _rados.Image:
         if self._image is None:
             raise BackendError("the writer has been closed", image_id=self._image_id, stage="writing")
         return self._image
@@ -160,8 +185,13 @@ class RbdWriter(BaseWriter):
     def _close(self) -> None:
         image, self._image = self._image, None
         if image is not None:
-            self._settle()
-            _rados.close_image(image)
+            with suppress(StuckError):
+                self._settle()
+            (_rados.abandon if self._stuck else _rados.close_image)(image)
+
+    def _end(self) -> None:
+        with suppress(BackendError):  # left to recover
+            self.discard()
 
     def discard(self) -> None:
         if self._staging == "":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nova_imagecache import _entries, _fs, _qcow2
 from nova_imagecache.backends import RecoveryReport
 from nova_imagecache.backends._disks import FileDisks, reader_of
+from nova_imagecache.backends._references import leads_to, made_at, refers_to
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,26 +22,53 @@ class RecoverableDisks(FileDisks):
         stuck: dict[str, str] = {}
         removed, alive = _entries.sweep(self.staging, stuck)
         failed = {f"staging/{name}": reason for name, reason in stuck.items()}
-        purged, restored, stuck = self.sweep_trash()
+        purged, restored, going, stuck = self.sweep_trash()
         failed |= {f"trash/{name}": reason for name, reason in stuck.items()}
         removed = [f"staging/{name}" for name in removed] + [f"trash/{name}" for name in purged]
-        alive = [f"staging/{name}" for name in alive]
+        alive = [f"staging/{name}" for name in alive] + [f"trash/{name}" for name in going]
         for disk_id in _entries.names(self.paths.disks_dir):
-            held = _entries.hold(self._directory(disk_id), wait=False)
-            if held is None:
-                if self._directory(disk_id).is_dir():
-                    alive.append(f"disks/{disk_id}")
-                elif disk_id.startswith(".check."):  # of a check() that died
-                    _fs.unlink(self._directory(disk_id))
-                    removed.append(f"disks/{disk_id}")
-                continue
             try:
-                removed += [f"disks/{disk_id}/{name}" for name in self._sweep_disk(disk_id)]
+                if _may_hold_litter(f"{self.paths.disks_dir}/{disk_id}"):
+                    removed += self._sweep_directory(disk_id, alive)
             except OSError as err:  # one directory that cannot be read stops no other
                 failed[f"disks/{disk_id}"] = str(err)
+        removed += self._sweep_references()
+        return RecoveryReport(removed=tuple(removed), restored=tuple(restored), alive=tuple(alive), failed=failed)
+
+    def _sweep_directory(self, disk_id: str, alive: list[str]) -> list[str]:
+        """What was removed of a disk id's directory; one that a live process works in is told to ``alive``."""
+        directory = self._directory(disk_id)
+        held = _entries.hold(directory, wait=False)
+        if held is not None:
+            try:
+                return [f"disks/{disk_id}/{name}" for name in self._sweep_disk(disk_id)]
             finally:
                 held.release()
-        return RecoveryReport(removed=tuple(removed), restored=tuple(restored), alive=tuple(alive), failed=failed)
+        if directory.is_dir():
+            alive.append(f"disks/{disk_id}")
+        elif disk_id.startswith(".check."):  # of a check() that died
+            _fs.unlink(directory)
+            return [f"disks/{disk_id}"]
+        return []
+
+    def _sweep_references(self) -> list[str]:
+        """Take away what an attach that died left: a path reference under a name that its disk no longer has."""
+        gone = []
+        users = self.paths.root / "users"
+        for image_id in _entries.names(users):
+            written: dict[float, list[Path]] = {}
+            names = _entries.names(users / image_id)
+            for name in names if len(names) > 1 else ():
+                if (own := made_at(users / image_id / name)) is not None:
+                    written.setdefault(own, []).append(users / image_id / name)
+            for own, paths in written.items():
+                # what was set aside sorts behind
+                there = {refers_to(path): path for path in reversed(paths) if leads_to(path, own)}
+                for path in paths if there else ():
+                    if path not in there.values():
+                        _fs.unlink(path)
+                        gone.append(f"users/{image_id}/{path.name}")
+        return gone
 
     def _sweep_disk(self, disk_id: str) -> list[str]:
         """Remove what dead makers left in a disk id's directory; the directory is held."""
@@ -74,13 +102,9 @@ class RecoverableDisks(FileDisks):
         record = self._load(directory, name)
         if record is None or record.format != "qcow2":
             return []
-        try:
-            with (directory / name).open("rb", buffering=0) as file:
-                depends = bool(_qcow2.read_backing_name(file))
-        except OSError:  # the guest's user owns it now, or it was removed: nothing can be told
-            return []
         link = directory / f"{name}.base"
-        if depends or reader_of(link):
+        # not where the guest's user owns it now, or its header is damaged: nothing can be told
+        if not _stands_alone(str(directory / name)) or reader_of(link):
             return []
         if record.reference != "none":
             self._rewrite(disk_id, name, replace(record, reference="none"))
@@ -89,6 +113,44 @@ class RecoverableDisks(FileDisks):
             return []
         _fs.unlink(link)
         return [link.name]
+
+
+def _may_hold_litter(directory: str) -> bool:
+    """Whether a directory of disks needs a closer look. It is not held: nearly always nothing is to be done.
+
+    Raises:
+        OSError: it is ours and cannot be listed.
+    """
+    try:
+        names = set(os.listdir(directory))  # noqa: PTH208 - names, not paths
+    except NotADirectoryError:
+        return True
+    except FileNotFoundError:
+        return False
+    except PermissionError:  # another user's: nothing of ours is in it
+        if os.stat(directory).st_uid == os.geteuid():  # noqa: PTH116 - one call
+            raise
+        return False
+    return any(_may_be_dead(name, names, directory) for name in names)
+
+
+def _may_be_dead(name: str, names: set[str], directory: str) -> bool:
+    stem, _dot, suffix = name.rpartition(".")
+    if not stem or suffix not in ("base", "json"):
+        return name.startswith(".")
+    return stem not in names or (suffix == "json" and _stands_alone(f"{directory}/{stem}"))
+
+
+def _stands_alone(path: str) -> bool:
+    """Whether a file is an overlay no longer: qcow2 with a whole header that names no backing file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return not _qcow2.parse_header(os.pread(fd, _qcow2.HEADER_BYTES, 0)).backing_offset
+        finally:
+            os.close(fd)
+    except (OSError, _qcow2.Qcow2Error):
+        return False
 
 
 def _is_making(path: Path) -> bool:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConfigError",
+    "CopyFailedError",
+    "CopyRefusedError",
     "Digest",
     "ImageCorruptError",
     "ImageInfo",
@@ -80,6 +82,20 @@ class LocationFinder(Protocol):
         """The image with all locations that can be had; as it was where there are no more."""
 
 
+class CopyRefusedError(SourceError):
+    """The service does not take a copy on: it has no such store, copies nothing, or is over quota."""
+
+    default_todo = (
+        "Look at the image service's words, and whether the store has this name and the service copies images"
+    )
+
+
+class CopyFailedError(SourceError):
+    """The service began a copy into a store, and says that it failed, or nothing more."""
+
+    default_todo = "Look at the image service's log, and whether the store has room and is reachable; then call again"
+
+
 @runtime_checkable
 class StoreCopier(Protocol):
     """A source whose service can copy an image into another of its stores, so that a backend can adopt it there."""
@@ -90,7 +106,8 @@ class StoreCopier(Protocol):
         ``check`` is called at least ten times a second; what it raises ends the waiting.
 
         Raises:
-            SourceError: the service refuses the copy, or says that it failed.
+            CopyRefusedError: the service does not take it on.
+            CopyFailedError: the service says that it failed.
             SourceUnavailableError: it is not done within the source's own limit.
             ImageNotFoundError, SourceForbiddenError: as for ``get``.
         """

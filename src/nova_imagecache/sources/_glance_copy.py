@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nova_imagecache._ahead import attended
 from nova_imagecache.exceptions import ImageNotActiveError, SourceError, SourceForbiddenError, SourceUnavailableError
+from nova_imagecache.sources import CopyFailedError, CopyRefusedError
 from nova_imagecache.sources._glance_errors import Attempts, TryAgainError, failure, words
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ _REFUSALS = 2
 _IDLE_LOOKS = 3
 """Looks in a row that show neither an import nor its result; a Glance that shows no import task begins a bit later."""
 _TICK = 0.05
-_TODO = "Look at the image service's log, and whether the store has this name, has room and is reachable"
 _NOT_TAKEN = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.CONFLICT})
 _State = Enum("_State", "THERE COMING BUSY FAILED IDLE")  # BUSY: an import that may be for other stores
 _log = logging.getLogger(__name__)
@@ -73,11 +73,11 @@ class StoreCopy:
             ours = ours or state is _State.COMING
             idle = 0 if state in (_State.COMING, _State.BUSY) else idle + 1
             if ours and state is _State.FAILED:
-                raise self._error("the service says that it failed")
+                raise self._failed("the service says that it failed")
             if ours and idle == _IDLE_LOOKS:
-                raise self._error("the service has ended it and says nothing of the result")
+                raise self._failed("the service has ended it and says nothing of the result")
             if not ours and idle == _REFUSALS:
-                raise self._error("the service refuses it", refusal)
+                raise self._refused(refusal)
             self._wait(pause)
             if idle and not ours:
                 refusal = attended(self._ask, self._check)
@@ -109,7 +109,7 @@ class StoreCopy:
             todo = "Grant this user copy_image in the image service's policy; by default it is the administrators'"
             raise SourceForbiddenError(f"{self._what}: {answer}", image_id=self._image_id, stage=STAGE, todo=todo)
         error = failure(status, image_id=self._image_id, stage=STAGE)
-        raise self._error("the service refuses it", answer) if type(error) is SourceError else error
+        raise self._refused(answer) if type(error) is SourceError else error
 
     def _state(self, image: ImageInfo, properties: Mapping[str, Any]) -> _State:
         if self._store in _names(properties, "os_glance_importing_to_stores"):
@@ -133,9 +133,12 @@ class StoreCopy:
             detail = f"it is not there after {self._transport.options.copy_timeout:g} s"
             raise SourceUnavailableError(f"{self._what}: {detail}", image_id=self._image_id, stage=STAGE)
 
-    def _error(self, detail: str, answer: str | None = None) -> SourceError:
-        text = ": ".join(part for part in (self._what, detail, answer) if part)
-        return SourceError(text, image_id=self._image_id, stage=STAGE, todo=_TODO)
+    def _failed(self, detail: str) -> CopyFailedError:
+        return CopyFailedError(f"{self._what}: {detail}", image_id=self._image_id, stage=STAGE)
+
+    def _refused(self, answer: str | None) -> CopyRefusedError:
+        detail = f"{self._what}: the service refuses it: {answer}"
+        return CopyRefusedError(detail, image_id=self._image_id, stage=STAGE)
 
 
 def pauses() -> Iterator[float]:

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from nova_imagecache._models import ImageInfo
     from nova_imagecache.sources._glance_http import Transport
 
-CHUNK = 2**20
 _PIECE = 2**18
+"""Bytes asked for at once; what has arrived is seldom more."""
+
 _STAGE = "fetch"
 
 # Glance's RBD store answers 400 to every range, and some proxies send another part than they are asked for.
@@ -71,7 +72,7 @@ class ImageStream:
                 self._failed(err)
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes, about 1 MiB at a time; goes on with another answer where one breaks off.
+        """The bytes, as they arrive; goes on with another answer where one breaks off.
 
         Raises:
             the same as ``connect``.
@@ -155,8 +156,6 @@ class ImageStream:
     def _body(self, response: requests.Response) -> Iterator[bytes]:
         from urllib3.exceptions import HTTPError
 
-        pieces: list[bytes] = []
-        gathered = 0
         broken: Exception | None = None
         while True:
             try:
@@ -171,13 +170,10 @@ class ImageStream:
             dropped = min(self._skip, len(piece))
             self._skip -= dropped
             self._position += len(piece) - dropped
-            gathered += len(piece) - dropped
-            pieces.append(piece[dropped:])
-            if gathered >= CHUNK:
-                yield b"".join(pieces)
-                pieces, gathered = [], 0
-        if gathered:
-            yield b"".join(pieces)
+            if dropped:
+                piece = piece[dropped:]
+            if piece:
+                yield piece
         self._judge_end(broken)
 
     def _judge_end(self, broken: Exception | None) -> None:

@@ -209,7 +209,7 @@ class GlanceSource:
             ImageNotActiveError: it has no data to copy, or was deactivated.
             SourceForbiddenError: this user may not have it copied, or the credentials were refused.
             SourceUnavailableError: it is not there within ``copy_timeout``, or there is no answer.
-            SourceError: the service refuses the copy, or says that it failed.
+            CopyRefusedError, CopyFailedError: the service does not take the copy on, or says that it failed.
         """
         if not is_plain_id(image.image_id):
             raise ImageNotFoundError(image_id=image.image_id, stage=COPY_STAGE)

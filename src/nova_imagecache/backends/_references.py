@@ -1,0 +1,80 @@
+"""Path references: the records in ``users/<image-id>/`` of root disks that name their base by its path (layout 1).
+
+A record and its disk know each other by the moment in which the disk was made, whatever the disk's directory is
+called by now. One whose disk is not where it says is doubt, and keeps the base.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from nova_imagecache import _entries, _fs, _records
+
+
+def host_record(disk_id: str, name: str, path: Path, made_at: float) -> bytes:
+    """What is written down of a path reference: whose it is, where, and on which host."""
+    values = {"disk_id": disk_id, "name": name, "path": str(path), "host": os.uname().nodename, "made_at": made_at}
+    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
+
+
+def made_at(written: Path) -> float | None:
+    """When the disk of a path reference was made; None: the reference is not there, or cannot be read."""
+    try:
+        values = json.loads(written.read_bytes())
+    except (OSError, ValueError):
+        return None
+    found = values.get("made_at") if isinstance(values, dict) else None
+    return float(found) if isinstance(found, int | float) else None
+
+
+def set_aside(written: Path, own: float) -> None:
+    """Keep the path reference of an earlier disk of this name: its directory may have moved, and come back."""
+    if (found := made_at(written)) is not None and found != own:
+        _fs.rename(written, written.with_name(f"{written.stem}~{_fs.random_suffix()}.json"))
+
+
+def take_back(written: Path, own: float) -> None:
+    """The disk that ``written`` refers to may have been written down under another name: once is enough.
+
+    A disk that is just being made was not, and nothing is read.
+    """
+    path = refers_to(written)
+    for other in others(written.parent, own, path) if path is not None and os.path.lexists(path) else ():
+        if other != written:
+            _fs.unlink(other)
+
+
+def others(users: Path, own: float, path: Path) -> list[Path]:
+    """An image's path references to the disk that was made then and is at ``path`` now, whatever it was called. Reads
+    all. One that leads to a disk is of that one: a copy."""
+    written = [users / name for name in _entries.names(users)]
+    return [one for one in written if made_at(one) == own and (refers_to(one) == path or not leads_to(one, own))]
+
+
+def leads_to(written: Path, own: float) -> bool:
+    """Whether the disk made then is where the path reference says, by the record beside it."""
+    if (path := refers_to(written)) is None:
+        return False
+    try:
+        record = _records.load_disk(path.with_name(f"{path.name}.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, _records.RecordError):
+        return False
+    except OSError:  # not to be seen: it may be there
+        return True
+    return record.made_at == own and os.path.lexists(path)
+
+
+def refers_to(written: Path) -> Path | None:
+    """Where the disk of a path reference was; None: the reference is not there, or cannot be read."""
+    try:
+        return Path(json.loads(written.read_bytes())["path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def asides(written: Path) -> list[Path]:
+    """The path references of earlier disks of the same name."""
+    names = _entries.names(written.parent)
+    return [written.with_name(name) for name in names if name.startswith(f"{written.stem}~")]

@@ -1,0 +1,188 @@
+"""Bases and disks in a real pool: marks, users, features, writes, and what goes when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import rbd as pool
+from harness.images import raw
+from nova_imagecache import BaseNotFoundError, CacheConfig, ImageCache
+from nova_imagecache.backends import _rados, _rbd_adopted, _rbd_bases
+from nova_imagecache.exceptions import BaseInUseError, DiskInUseError
+from nova_imagecache.testing import FakeSource, FaultPlan
+from services.ceph import CephCluster
+from services.ceph_bindings import bindings
+
+pytestmark = pytest.mark.services
+
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _empty(ceph: CephCluster) -> Iterator[None]:
+    pool.empty(ceph)
+    yield
+    pool.empty(ceph)
+
+
+def make_cache(ceph: CephCluster, directory: Path, **changes: Any) -> ImageCache:
+    images = {name: raw(name).fake for name in ("img", "other")}
+    config = CacheConfig(root=directory / "root", disks_dir=directory / "disks", backend="rbd")
+    return ImageCache(config, source=FakeSource(images), backend=pool.make_backend(ceph, directory, **changes))
+
+
+def test_cleanup_removes_what_is_idle(ceph: CephCluster, tmp_path: Path) -> None:
+    """A base without users goes after its idle time, with its snapshot and checksums; one with a disk stays."""
+    with make_cache(ceph, tmp_path) as cache:
+        cache.create_root_disk("img", "vm")
+        cache.ensure_base("other")
+        assert cache.cleanup().removed == ()
+        assert cache.get_base("img").unused_since is None
+        assert cache.get_base("other").unused_since is not None
+        assert cache.cleanup(cache.plan_cleanup(max_idle=0)).removed == ("other",)
+        assert pool.names(ceph) == ["base.img", "vm_disk"]
+        cache.remove_root_disk("vm")
+        assert cache.cleanup(cache.plan_cleanup(max_idle=0)).removed == ("img",)
+    assert pool.names(ceph) == []
+
+
+def test_a_clone_in_the_trash_is_a_user(ceph: CephCluster, tmp_path: Path) -> None:
+    """A disk that somebody moved to the trash may come back: its base stays, and the user is told as such."""
+    _, rbd = bindings()
+    with make_cache(ceph, tmp_path) as cache:
+        cache.create_root_disk("img", "vm")
+        with ceph.pool("vms") as ioctx:
+            [rbd_id] = [_id(ioctx, "vm_disk")]
+            rbd.RBD().trash_move(ioctx, "vm_disk", 0)
+            [user] = cache.users("img")
+            assert (user.disk_id, user.name, user.detail) == (None, None, "vms/vm_disk (in the trash)")
+            with pytest.raises(BaseInUseError):
+                cache.remove_base("img")
+            assert cache.cleanup(cache.plan_cleanup(max_idle=0)).removed == ()
+            assert cache.recover().removed == ()
+            rbd.RBD().trash_restore(ioctx, rbd_id, "vm_disk")
+        assert [user.disk_id for user in cache.users("img")] == ["vm"]
+
+
+def _id(ioctx: Any, name: str) -> str:
+    _, rbd = bindings()
+    with rbd.Image(ioctx, name, read_only=True) as image:
+        return str(image.id())
+
+
+def test_a_disk_with_a_snapshot_of_others_stays(ceph: CephCluster, tmp_path: Path) -> None:
+    """A backup's snapshot keeps the disk under its name, and the error says what is in the way."""
+    with make_cache(ceph, tmp_path) as cache:
+        cache.create_root_disk("img", "vm")
+        with pool.opened(ceph, "vm_disk", read_only=False) as image:
+            image.create_snap("backup")
+        start = time.monotonic()
+        with pytest.raises(DiskInUseError, match=r"snapshots: backup.* Remove its snapshots first"):
+            cache.remove_root_disk("vm")
+        assert time.monotonic() - start < 5, "a snapshot does not go away by waiting"
+        assert pool.names(ceph) == ["base.img", "vm_disk"]
+        with pool.opened(ceph, "vm_disk", read_only=False) as image:
+            image.remove_snap("backup")
+        cache.remove_root_disk("vm")
+        assert pool.names(ceph) == ["base.img"]
+
+
+def test_use_is_written_down_every_ten_minutes(
+    ceph: CephCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Disks made meanwhile write nothing to their base; a mark of being unused is taken away at once."""
+    assert _rbd_adopted.TOUCH_INTERVAL == 600
+    with make_cache(ceph, tmp_path) as cache, FaultPlan([_rados]) as plan:
+        base = cache.ensure_base("img")
+        backend = pool.make_backend(ceph, tmp_path)
+
+        def marks() -> int:
+            """Writes to the base's marks since the last call."""
+            found = [step for step in plan.trace[marks_seen[0] :] if "last-used" in str(step.targets)]
+            marks_seen[0] = len(plan.trace)
+            return len(found)
+
+        marks_seen = [0]
+        assert marks() == 1  # when it was published
+        for number in range(3):
+            cache.create_root_disk("img", f"vm-{number}")
+        assert marks() == 0
+        backend.mark_unused(base, time.time())
+        cache.create_root_disk("img", "vm-3")
+        assert marks() == 1
+        assert cache.get_base("img").unused_since is None
+        monkeypatch.setattr(_rbd_bases, "TOUCH_INTERVAL", 0.0)
+        before = cache.get_base("img").last_used
+        cache.create_root_disk("img", "vm-4")
+        after = cache.get_base("img").last_used
+        assert before is not None
+        assert after is not None
+        assert after > before
+        backend.close()
+
+
+FEATURES = {
+    ("layering",): 1,
+    ("layering", "exclusive-lock"): 5,
+    ("layering", "exclusive-lock", "object-map", "fast-diff"): 29,
+}
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_features_are_the_options(ceph: CephCluster, tmp_path: Path, features: tuple[str, ...]) -> None:
+    """Bases and clones have the features that the option names; figures and bytes are right without an object map."""
+    with make_cache(ceph, tmp_path, features=list(features)) as cache:
+        cache.create_root_disk("img", "vm")
+        for name in ("base.img", "vm_disk"):
+            with pool.opened(ceph, name) as image:
+                assert image.features() & 61 == FEATURES[features]
+        assert 0 < cache.base_usage("img").allocated <= cache.get_base("img").record.size
+        cache.verify_base("img")
+        facts = {fact.name: fact.value for fact in cache.check().facts}
+        assert facts["features"] == ", ".join(features)
+    with make_cache(ceph, tmp_path / "default") as cache:
+        cache.create_root_disk("img", "vm-2")
+        with pool.opened(ceph, "vm-2_disk") as image:
+            assert image.features() & 61 == 61
+
+
+def test_one_base_of_two_that_are_named_alike(ceph: CephCluster, tmp_path: Path) -> None:
+    """A disk is made of the base that was found, not of what has its name by now."""
+    with make_cache(ceph, tmp_path) as cache:
+        old = cache.ensure_base("img")
+        cache.remove_base("img")
+        new = cache.ensure_base("img")
+        backend = pool.make_backend(ceph, tmp_path)
+        with pytest.raises(BaseNotFoundError, match="went away"):
+            backend.create_root_disk(old, "vm", "disk", 2 * MIB)
+        assert pool.names(ceph) == ["base.img"]
+        backend.create_root_disk(new, "vm", "disk", 2 * MIB)
+        backend.close()
+
+
+def test_no_step_too_many(ceph: CephCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk is cloned, resized, written down and published; its base is opened to be found, and the clone once."""
+    _, rbd = bindings()
+    opened: list[str] = []
+
+    class Counted(rbd.Image):  # type: ignore[misc, name-defined]  # the bindings have no types
+        def __init__(self, ioctx: Any, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+            opened.append(str(name))
+            super().__init__(ioctx, name, *args, **kwargs)
+
+    with make_cache(ceph, tmp_path) as cache:
+        cache.create_root_disk("img", "first")
+        monkeypatch.setattr(rbd, "Image", Counted)
+        with FaultPlan([_rados]) as plan:
+            cache.create_root_disk("img", "vm", size=4 * MIB)
+        assert len(opened) == 2
+        assert opened[0] == "base.img"
+        assert opened[1].startswith("staging.vm_disk.")
+        monkeypatch.undo()
+    steps = [step.name.removeprefix("rados.") for step in plan.trace]
+    assert steps == ["clone", "resize", "set_metadata", "set_metadata", "trash_move", "trash_restore"]
