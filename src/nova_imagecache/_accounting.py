@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nova_imagecache import _entries
+from nova_imagecache import _entries, _users
 from nova_imagecache._models import CacheUsage, CheckReport, Fact, RecoveryReport
-from nova_imagecache.exceptions import BackendError, BaseNotFoundError, ImageCacheError
+from nova_imagecache.exceptions import BackendError, BaseNotFoundError, ImageCacheError, UsersUnknownError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from nova_imagecache._config import CacheConfig
     from nova_imagecache._guard import GuardedBackend, GuardedSource
     from nova_imagecache._layout import Root
+    from nova_imagecache._models import BaseImage
     from nova_imagecache._removal import Remover
     from nova_imagecache.backends import BackendPaths
 
@@ -24,33 +27,52 @@ _log = logging.getLogger(__name__)
 
 
 def usage(backend: GuardedBackend, remover: Remover, paths: BackendPaths) -> CacheUsage:
-    """What the cache takes now. Things move from staging to bases to trash, and are counted in that order, so that one
-    that moves meanwhile is counted twice rather than missed."""
+    """What the cache takes now, and what of it could go: the finders are asked once; doubt means that nothing can."""
+    figures, bases = _counted(backend, paths)
+    return replace(figures, reclaimable=_reclaimable(bases, remover))
+
+
+def reserved_disk_mb(backend: GuardedBackend, paths: BackendPaths, static_mb: int) -> int:
+    """MiB to reserve: ``static_mb`` and the cache's part.
+
+    Raises:
+        BackendError: the figures are not complete.
+    """
+    if not backend.properties.local or _own_filesystem(paths):
+        return static_mb
+    figures, _bases = _counted(backend, paths)
+    if not figures.complete:
+        todo = "Report the last complete figure, and look at the log for what could not be counted"
+        raise BackendError("the cache could not be counted whole", stage="usage", todo=todo)
+    return static_mb + -(-figures.allocated // _MIB)
+
+
+def _counted(backend: GuardedBackend, paths: BackendPaths) -> tuple[CacheUsage, list[tuple[BaseImage, int]]]:
+    """The figures, nothing reclaimable, and each base with its bytes.
+
+    Things move from staging to bases to trash, and are counted in that order: one that moves meanwhile is counted twice
+    rather than missed.
+    """
     before = backend.capacity()
-    count = bases = reclaimable = 0
     complete = before.complete
+    bases = []
     for base in backend.iter_bases():
         if not base.managed:
             continue
         try:
-            allocated = backend.usage(base).allocated
-            free_to_go = not (remover.has_users(base) or remover.root.pins(base.image_id, remover.clock()))
+            bases.append((base, backend.usage(base).allocated))
         except BaseNotFoundError:  # retired meanwhile: the trash is counted after the bases
             continue
         except ImageCacheError as err:
             _log.warning("base %s cannot be counted: %s", base.image_id, err)
             complete = False
-            continue
-        count += 1
-        bases += allocated
-        reclaimable += allocated if free_to_go else 0
     after = backend.capacity()
-    return CacheUsage(
-        base_count=count,
-        bases=bases,
+    figures = CacheUsage(
+        base_count=len(bases),
+        bases=sum(allocated for _base, allocated in bases),
         staging=before.staging,
         trash=after.trash,
-        reclaimable=reclaimable,
+        reclaimable=0,
         overhead=after.overhead,
         total=after.total,
         free=after.free,
@@ -58,20 +80,25 @@ def usage(backend: GuardedBackend, remover: Remover, paths: BackendPaths) -> Cac
         local=backend.properties.local,
         complete=complete and after.complete,
     )
+    return figures, bases
 
 
-def reserved_disk_mb(figures: CacheUsage, static_mb: int) -> int:
-    """MiB to reserve: ``static_mb`` and the cache's part.
-
-    Raises:
-        BackendError: the figures are not complete.
-    """
-    if figures.own_filesystem or not figures.local:
-        return static_mb
-    if not figures.complete:
-        todo = "Report the last complete figure, and look at the log for what could not be counted"
-        raise BackendError("the cache could not be counted whole", stage="usage", todo=todo)
-    return static_mb + -(-figures.allocated // _MIB)
+def _reclaimable(bases: Sequence[tuple[BaseImage, int]], remover: Remover) -> int:
+    """The bytes of the bases that have neither users nor pins, as far as anybody can tell."""
+    try:
+        found = _users.from_finders(remover.finders, [base for base, _allocated in bases])
+    except UsersUnknownError as err:
+        _log.warning("no base counts as reclaimable: %s", err)
+        return 0
+    pinned = remover.root.pinned()
+    now = remover.clock()
+    return sum(
+        allocated
+        for base, allocated in bases
+        if base.image_id not in found
+        and not (base.image_id in pinned and remover.root.pins(base.image_id, now))
+        and not remover.has_users(base)
+    )
 
 
 def check(backend: GuardedBackend, source: GuardedSource, config: CacheConfig) -> CheckReport:

@@ -13,7 +13,7 @@ from nova_imagecache._guard import translated
 from nova_imagecache._models import EnsureResult, Pin
 from nova_imagecache._root_disks import RootDisks
 from nova_imagecache._watch import Watch
-from nova_imagecache.exceptions import BackendError, BaseCorruptError, BaseNotFoundError, ImageCacheError
+from nova_imagecache.exceptions import BackendError, BaseCorruptError, BaseNotFoundError, ConfigError, ImageCacheError
 
 if TYPE_CHECKING:
     import threading
@@ -77,11 +77,20 @@ class ImageCache:
 
         Raises:
             BackendNotFoundError: no plug-in of that name; lists those that are there.
-            ConfigError: a plug-in refuses its options.
+            ConfigError: plug-ins refuse their options; ``problems`` lists all that is wrong with either's.
             BackendError, SourceError: a plug-in cannot be loaded.
         """
-        backend = _plugins.load_backend(config.backend, config.backend_options, paths(config))
-        source = _plugins.load_source(config.source, config.source_options)
+        problems: list[str] = []
+        backend = _plugins.unless_refused(
+            "backend_options",
+            lambda: _plugins.load_backend(config.backend, config.backend_options, paths(config)),
+            problems,
+        )
+        source = _plugins.unless_refused(
+            "source_options", lambda: _plugins.load_source(config.source, config.source_options), problems
+        )
+        if backend is None or source is None:
+            raise ConfigError(problems)
         return cls(config, source=source, backend=backend, user_finders=user_finders, on_event=on_event)
 
     def __enter__(self) -> Self:
@@ -291,7 +300,7 @@ class ImageCache:
         base = self.get_base(image_id)
         users = _users.users_of(self._engine.backend, self._engine.finders, base)
         disks = (disk for disk in self._engine.backend.iter_root_disks() if disk.image_id == image_id)
-        return _users.with_names(users, disks)
+        return _users.with_names(users, disks, base)
 
     def pins(self, image_id: str) -> tuple[Pin, ...]:
         """The pins that hold the base now."""
@@ -341,16 +350,8 @@ class ImageCache:
             BaseNotFoundError: it is not there.
             BaseCorruptError: its bytes are not what was published; it is untouched.
         """
-        with self._engine.remover.wait_lock(image_id), Watch(image_id, cancel=cancel) as watch:
-            base = self.get_base(image_id)
-
-            def damage(copy: BaseImage) -> str | None:
-                return _verify.damage(self._engine.backend, copy, lambda: watch.check("repair"))
-
-            repaired = self._engine.backend.reown_base(base, damage)
-        if repaired:
-            self._engine.emit("repaired", image_id)
-        return repaired
+        _args.image_id(image_id)
+        return self._engine.repair(image_id, cancel)
 
     # --- bases go
 
@@ -427,7 +428,8 @@ class ImageCache:
         Raises:
             BackendError: the cache could not be counted whole; the last figure is better than a wrong one.
         """
-        return _accounting.reserved_disk_mb(self.usage(), static_mb)
+        self._engine.root.prepare()
+        return _accounting.reserved_disk_mb(self._engine.backend, self._engine.paths, static_mb)
 
     def check(self) -> CheckReport:
         """Facts and problems of the cache's surroundings. Makes and removes a few small files."""

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 _CHAIN = 64
 """Overlays on overlays before a chain counts as endless."""
+_HEAD = 4096
+"""Bytes that hold the header, and nearly always the backing file's name: a pass over thousands of disks reads once."""
+_MAGIC = b"QFI\xfb"
+_LONGEST_NAME = 1023
+"""Bytes of a backing file's name, by the specification."""
 
 _NOWHERE = {
     errno.ENOENT: "removed while we looked, or never there",
@@ -28,7 +33,7 @@ _NOWHERE = {
     errno.EISDIR: "a directory",
     errno.ENAMETOOLONG: "no name that a file can have",
     errno.ELOOP: "symbolic links in a circle",
-    errno.EINVAL: "a header that QEMU refuses",
+    errno.EINVAL: "an offset that no file has",
     errno.ENXIO: "a socket",
 }
 """What a name may lead to that QEMU could not open either."""
@@ -37,79 +42,142 @@ _log = logging.getLogger(__name__)
 
 
 class KnownBases:
-    """The bases that are asked about, by every name a chain may have for them."""
+    """The bases that are asked about, by every name a chain may have for them.
+
+    ``damaged`` collects the files whose headers QEMU would refuse: they use nothing, and somebody should hear of them.
+    """
 
     def __init__(self, bases: Sequence[BaseImage]) -> None:
         self.image_ids = frozenset(base.image_id for base in bases)
+        self.damaged: dict[str, str] = {}
         self._inodes: dict[tuple[int, int], str] = {}
         self._paths: dict[str, str] = {}
         for base in bases:
             if not isinstance(base.location, FileLocation):
                 continue
-            self._paths[os.path.normpath(base.location.path)] = base.image_id
+            path = str(base.location.path)
+            self._paths[os.path.normpath(path)] = base.image_id
             try:
-                found = base.location.path.stat()
+                found = os.stat(path)  # noqa: PTH116 - thousands in a pass
             except FileNotFoundError:  # retired: its other place is in the list as well
                 continue
             self._inodes[found.st_dev, found.st_ino] = base.image_id
+        self.numbers = frozenset(number for _device, number in self._inodes)
 
-    def at(self, path: Path) -> str | None:
+    def __bool__(self) -> bool:
+        """Whether there is any that a file could read through."""
+        return bool(self._paths)
+
+    def at(self, path: Path | str) -> str | None:
         """The image whose base is at this path now, or was."""
-        by_path = self._paths.get(os.path.normpath(path))
         try:
-            found = path.stat()
+            found = os.stat(path)  # noqa: PTH116 - thousands in a pass
         except (OSError, ValueError):  # not there, not to be seen, or no name that a file can have
-            return by_path
-        return self._inodes.get((found.st_dev, found.st_ino)) or by_path
+            return self._paths.get(os.path.normpath(path))
+        return self._inodes.get((found.st_dev, found.st_ino)) or self._paths.get(os.path.normpath(path))
+
+    def is_one(self, entry: os.DirEntry[str]) -> bool:
+        """Whether this entry of a directory is one of the bases, by another name; without a look where it cannot be."""
+        if entry.inode() not in self.numbers:
+            return False
+        try:
+            found = entry.stat(follow_symlinks=False)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) in self._inodes
 
 
-def uses(path: Path, known: KnownBases) -> Iterator[tuple[str, bool]]:
+def uses(path: Path | str, known: KnownBases) -> Iterator[tuple[str, bool]]:
     """The images whose bases a disk's file depends on, and whether that is certain; none where there is no such file.
 
     Raises:
         UsersUnknownError: the file, or one that it reads through, cannot be read, and nothing says what it uses.
     """
     try:
-        yield from ((image_id, True) for image_id in bases_below(path, known))
+        image_id = base_below(path, known)
     except OSError as err:
-        unreadable = Path(err.filename or path)
-        record = record_of(unreadable)
-        if record is None:
-            todo = f"Let the cache's user read {unreadable}, or remove it"
-            raise UsersUnknownError(f"{unreadable} cannot be read: {err.strerror}", todo=todo) from err
-        # libvirt gives a running guest's disk to the guest's user; what we wrote beside it stays ours
-        _log.info("%s cannot be read (%s): its record says image %s", unreadable, err.strerror, record.image_id)
-        if record.reference != "none" and record.image_id in known.image_ids:
-            yield record.image_id, False
+        yield from by_record(err, known)
+    else:
+        if image_id is not None:
+            yield image_id, True
 
 
-def bases_below(path: Path, known: KnownBases) -> Iterator[str]:
-    """The images whose bases the file's backing chain passes through; none where there is no such file.
+def by_record(unreadable: OSError, known: KnownBases) -> Iterator[tuple[str, bool]]:
+    """What the record beside a file that cannot be read says that the file uses.
+
+    Raises:
+        UsersUnknownError: there is none.
+    """
+    path = str(unreadable.filename)
+    record = record_of(path)
+    if record is None:
+        todo = f"Let the cache's user read {path}, or remove it"
+        raise UsersUnknownError(f"{path} cannot be read: {unreadable.strerror}", todo=todo) from unreadable
+    # libvirt gives a running guest's disk to the guest's user; what we wrote beside it stays ours
+    _log.info("%s cannot be read (%s): its record says image %s", path, unreadable.strerror, record.image_id)
+    if record.reference != "none" and record.image_id in known.image_ids:
+        yield record.image_id, False
+
+
+def base_below(path: Path | str, known: KnownBases) -> str | None:
+    """The image whose base the file's backing chain leads to; None: to none, or there is no such file.
 
     A chain that leads to nothing ends there: a guest may have written any header on a raw disk.
 
     Raises:
         OSError: a file of the chain is there and cannot be read; ``filename`` says which.
     """
-    record = record_of(path)
-    if record is not None and record.format == "raw":  # whatever header its guest has written
-        return
-    seen = {os.path.normpath(path)}
-    current = path
+    top = os.fspath(path)
+    try:
+        found = _follow(top, known)
+    except OSError:
+        if _is_raw(top):
+            return None
+        raise
+    if found is None:
+        return None
+    image_id, through = found
+    # a raw disk has no link of its own beside it: the record need not be asked
+    if through != f"{top}.base" and _is_raw(top):
+        return None
+    return image_id
+
+
+def _follow(top: str, known: KnownBases) -> tuple[str, str] | None:
+    """(the image, the name by which the chain has its base)."""
+    seen: set[str] = set()
+    current = top
     for _step in range(_CHAIN):
-        named = _named(current)
+        named = _named(current, known)
         if named is None:
-            return
-        current = current.parent / named
-        if os.path.normpath(current) in seen:  # a chain that bites its tail opens nowhere
-            return
+            return None
+        below = named if named.startswith("/") else f"{os.path.dirname(current)}/{named}"  # noqa: PTH120 - as above
+        if (image_id := known.at(below)) is not None:
+            return image_id, below  # a base reads through nothing
         seen.add(os.path.normpath(current))
-        if (image_id := known.at(current)) is not None:
-            yield image_id
-            return  # a base reads through nothing
+        if os.path.normpath(below) in seen:  # a chain that bites its tail opens nowhere
+            return None
+        current = below
+    return None
 
 
-def _named(path: Path) -> str | None:
+def _is_raw(path: str) -> bool:
+    """Whether it is a raw disk of ours, whatever header its guest has written."""
+    record = record_of(path)
+    return record is not None and record.format == "raw"
+
+
+def backing_file(path: Path) -> Path | None:
+    """The file that an overlay's header names, absolute; None: it names none, or there is no overlay.
+
+    Raises:
+        OSError: the overlay is there and cannot be read.
+    """
+    named = _named(str(path), None)
+    return None if named is None else path.absolute().parent / named
+
+
+def _named(path: str, known: KnownBases | None) -> str | None:
     """The path that a file's header names as its backing file; None: it names none, or cannot have a header.
 
     Raises:
@@ -117,25 +185,42 @@ def _named(path: Path) -> str | None:
     """
     try:
         # without waiting: a header may name a pipe
-        with open(path, "rb", buffering=0, opener=_open) as file:
-            if not _may_hold_disk(os.fstat(file.fileno()).st_mode):
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            mode = os.fstat(fd).st_mode
+            head = os.pread(fd, _HEAD, 0) if stat.S_ISREG(mode) or stat.S_ISBLK(mode) else b""
+            if head[:4] != _MAGIC:
                 return None
-            named = _qcow2.read_backing_name(file)
+            named = _backing_name(fd, head)
+        finally:
+            os.close(fd)
+    except _qcow2.Qcow2Error as err:
+        if known is not None:
+            known.damaged[path] = str(err)
+        return None
     except ValueError:  # a NUL in the name
         return None
     except OSError as err:
         if err.errno in _NOWHERE:
             return None
-        raise OSError(err.errno, err.strerror, str(path)) from err
+        raise OSError(err.errno, err.strerror, path) from err
     return (_file_of(named) if named.startswith("json:") else named.removeprefix("file:")) or None
 
 
-def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+def _backing_name(fd: int, head: bytes) -> str:
+    """The backing file's name as it stands in the header; empty where there is none.
 
-
-def _may_hold_disk(mode: int) -> bool:
-    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+    Raises:
+        Qcow2Error: QEMU takes no such header.
+    """
+    header = _qcow2.parse_header(head)
+    offset, length = header.backing_offset, header.backing_length
+    if not offset:
+        return ""
+    if length > _LONGEST_NAME or offset > header.cluster_size:
+        raise _qcow2.Qcow2Error("the backing file's name is out of place")
+    name = head[offset : offset + length] if offset + length <= _HEAD else os.pread(fd, length, offset)
+    return name.decode("utf-8", "surrogateescape")
 
 
 def _file_of(named: str) -> str | None:
@@ -152,9 +237,9 @@ def _file_of(named: str) -> str | None:
     return None
 
 
-def record_of(path: Path) -> _records.DiskRecord | None:
+def record_of(path: Path | str) -> _records.DiskRecord | None:
     """The record that was written beside a root disk when it was made, None: there is none that can be read."""
     try:
-        return _records.load_disk(path.with_name(f"{path.name}.json").read_bytes())
-    except (OSError, _records.RecordError):
+        return _records.load_disk(Path(f"{path}.json").read_bytes())
+    except (OSError, ValueError):
         return None

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseFacts:
-    """What is known of one base. ``users`` None: nobody can say. Times in POSIX seconds, sizes in bytes."""
+    """What is known of one base. ``users`` None: nobody can say, and ``doubt`` is why. Times in POSIX seconds, sizes in
+    bytes."""
 
     image_id: str
     managed: bool
@@ -22,6 +23,7 @@ class BaseFacts:
     last_used: float | None
     unused_since: float | None
     allocated: int
+    doubt: str = ""
 
 
 def plan(bases: Iterable[BaseFacts], *, now: float, max_idle: float, in_use: frozenset[str]) -> CleanupPlan:
@@ -49,12 +51,12 @@ def judge(base: BaseFacts, *, now: float, max_idle: float, in_use: bool) -> Clea
     if not base.managed:
         return item("keep", "adopted: it belongs to the image service")
     if base.users is None:
-        return item("keep", "its users are unknown")
+        return item("keep", f"its users are unknown: {base.doubt}" if base.doubt else "its users are unknown")
     if in_use or base.users:
         reason = "its image is in use, says the caller" if in_use else f"{base.users} root disk(s) depend on it"
         return item("keep" if base.unused_since is None else "unmark", reason)
-    if base.pins:
-        return item("keep", f"pinned by {', '.join(base.pins)}")
+    if base.pins:  # it goes as with users: the idle time begins when the last pin is over
+        return item("keep" if base.unused_since is None else "unmark", f"pinned by {', '.join(base.pins)}")
     if max_idle <= 0:
         return item("remove", "unused, and no idle time is granted", 0.0)
     if base.unused_since is None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nova_imagecache import _entries, _verify
 from nova_imagecache._fetch import Fetcher
 from nova_imagecache._flight import Flights, Leader
 from nova_imagecache._guard import GuardedBackend, GuardedSource
@@ -17,16 +18,17 @@ from nova_imagecache._inspect import INSPECTOR_VERSION, inspect_file
 from nova_imagecache._keeper import Keeper
 from nova_imagecache._layout import Root
 from nova_imagecache._locks import Locks
-from nova_imagecache._models import Event, FileLocation
+from nova_imagecache._models import BlockLocation, Event, FileLocation
 from nova_imagecache._passes import Passes
 from nova_imagecache._removal import Remover
 from nova_imagecache._space import SpacePolicy
 from nova_imagecache._watch import Watch, call_safely
 from nova_imagecache.backends import BackendPaths
-from nova_imagecache.exceptions import BackendError, ImageRejectedError
+from nova_imagecache.exceptions import BackendError, BaseNotFoundError, ImageRejectedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from nova_imagecache._config import CacheConfig
     from nova_imagecache._models import BaseImage, Digest, Progress
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 ATTEMPTS = 3
 """How often a base may vanish between finding it and using it before the caller hears of it."""
 
-_CHANGE_USAGE = frozenset({"published", "removed", "evicted", "damaged", "recovered"})
+_CHANGE_USAGE = frozenset({"published", "removed", "evicted", "damaged", "recovered", "repaired"})
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class Engine:
             locks=self.locks,
             passes=self.passes,
             policy=SpacePolicy(max_bytes=config.max_bytes, min_free_bytes=config.min_free_bytes),
+            may_evict=config.remove_unused,
         )
         self._on_event = on_event
         self._start()
@@ -111,15 +114,19 @@ class Engine:
         if os.getpid() != self._pid:
             self._start()
         source = self.source if call.source is None else GuardedSource(call.source)
-        fetched = threading.Event()
+        fetched, failed = threading.Event(), threading.Event()
 
         def find() -> BaseImage | None:
             return self._find(image_id, call.expect)
 
         def fetch(leader: Leader) -> BaseImage:
-            base = self._fetcher.fetch(
-                image_id, source=source, expect=call.expect, disk_size=disk_size, watch=watch, leader=leader
-            )
+            try:
+                base = self._fetcher.fetch(
+                    image_id, source=source, expect=call.expect, disk_size=disk_size, watch=watch, leader=leader
+                )
+            except BaseException:
+                failed.set()
+                raise
             fetched.set()
             return base
 
@@ -132,17 +139,23 @@ class Engine:
                     base = self._flights.join(image_id, request, find=find, fetch=fetch, watch=watch)
                 finally:
                     self._tell_evicted()
-            if call.expect is None or base.digest == call.expect:
-                break
-        else:
-            detail = f"others keep publishing other bytes than {call.expect} under this id"
-            raise BackendError(detail, image_id=image_id, stage="publish", todo="Find out who re-uses the image id")
-        if fetched.is_set():
-            self.emit("published", image_id, size=base.record.size, made_by=base.record.made_by)
-        else:
-            self._touch(base)
-            self.emit("used", image_id)
-        return base
+                    if failed.is_set():  # what it had written is gone again, and what made room for it stays gone
+                        self._tell_usage(image_id)
+            if call.expect in (None, base.digest) and self._hand_out(base, new=fetched.is_set()):
+                return base
+        todo = "Find out who re-uses the image id, or removes what is just used"
+        raise BackendError("others keep replacing or removing the base", image_id=image_id, stage="publish", todo=todo)
+
+    def _hand_out(self, base: BaseImage, *, new: bool) -> bool:
+        """Note and tell the use of a base that a caller gets; False: it was removed before its use was noted."""
+        if new:
+            self.emit("published", base.image_id, size=base.record.size, made_by=base.record.made_by)
+            return True
+        self._touch(base)
+        if not _is_there(base):
+            return False
+        self.emit("used", base.image_id)
+        return True
 
     def _tell_evicted(self) -> None:
         with suppress(queue.Empty):
@@ -176,12 +189,40 @@ class Engine:
         except BackendError as err:  # a lost touch is harmless, a lost hit is not
             _log.warning("base %s: its use could not be noted: %s", base.image_id, err)
 
+    def repair(self, image_id: str, cancel: threading.Event | None) -> bool:
+        """As ImageCache.repair_base."""
+        self.root.prepare()
+        with self.remover.wait_lock(image_id), Watch(image_id, cancel=cancel) as watch:
+            base = self.backend.find_base(image_id)
+            if base is None:
+                raise BaseNotFoundError(image_id=image_id)
+
+            def damage(copy: BaseImage) -> str | None:
+                return _verify.damage(self.backend, copy, lambda: watch.check("repair"))
+
+            try:
+                with _entries.entry(self.root.staging, image_id, 0o700) as scratch:
+                    if not _verify.is_ours(base):
+                        needed = self.backend.usage(base).allocated
+                        self.keeper.reserve(image_id, scratch, needed, "repair", lambda: watch.check("repair"))
+                    repaired = self.backend.reown_base(base, damage)
+            finally:
+                self._tell_evicted()
+        if repaired:
+            self.emit("repaired", image_id)
+        return repaired
+
     @contextmanager
     def disk_lock(self, disk_id: str, name: str, watch: Watch | None = None) -> Iterator[None]:
         """Keep others from the same root disk while the block runs."""
         self.root.prepare()
-        with self.locks.disk(disk_id, name, None if watch is None else watch.check):
+        check = None if watch is None else watch.check
+        with self.locks.disk(disk_id, name, check), self.patience(watch):
             yield
+
+    def patience(self, watch: Watch | None) -> AbstractContextManager[None]:
+        """In the block, a backend that waits for another disk of the same instance does so as this call wants to."""
+        return _entries.patience(self.locks.timeout, None if watch is None else watch.check)
 
     def emit(
         self,
@@ -196,8 +237,11 @@ class Engine:
             return
         self._send(kind, image_id, disk_id, name, details)
         if kind in _CHANGE_USAGE:
-            # what a driver reports to a scheduler is no longer true
-            self._send("usage-changed", image_id, None, None, {})
+            self._tell_usage(image_id)
+
+    def _tell_usage(self, image_id: str | None) -> None:
+        """What a driver reports to a scheduler is no longer true."""
+        self._send("usage-changed", image_id, None, None, {})
 
     def _send(
         self, kind: str, image_id: str | None, disk_id: str | None, name: str | None, details: dict[str, str | float]
@@ -207,6 +251,17 @@ class Engine:
                 kind=kind, time=self.clock(), image_id=image_id, disk_id=disk_id, name=name, details=dict(details)
             )
             call_safely(self._on_event, event)
+
+
+def _is_there(base: BaseImage) -> bool:
+    """Whether a base that was just touched still has its name; one stat.
+
+    Whoever removes it takes the name away and then looks whether it was used meanwhile: one of us sees the other. On
+    storage that is no file, whoever makes a disk finds out.
+    """
+    if not isinstance(base.location, FileLocation | BlockLocation):
+        return True
+    return os.path.lexists(base.location.path)
 
 
 def paths(config: CacheConfig) -> BackendPaths:

@@ -7,39 +7,50 @@ overfill. What a fetch has written already is in the storage's own figures and i
 
 from __future__ import annotations
 
+import logging
 import queue
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _cleanup, _entries, _extents, _fs, _space
-from nova_imagecache.exceptions import NoSpaceError
+from nova_imagecache.exceptions import BaseNotFoundError, ImageCacheError, NoSpaceError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from nova_imagecache._guard import GuardedBackend
     from nova_imagecache._layout import Root
     from nova_imagecache._locks import Locks
-    from nova_imagecache._models import CleanupItem
+    from nova_imagecache._models import BaseRecord, CleanupItem
     from nova_imagecache._passes import Passes
 
 _NAME = "reserved"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keeper:
-    """What keeps one cache within ``policy``. ``evicted`` collects image ids until somebody tells the driver."""
+    """What keeps one cache within ``policy``. ``evicted`` collects image ids until somebody tells the driver.
+
+    ``may_evict`` False: no base goes to make room.
+    """
 
     backend: GuardedBackend
     root: Root
     locks: Locks
     passes: Passes
     policy: _space.SpacePolicy
+    may_evict: bool = True
     evicted: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
+    sizes: dict[str, tuple[BaseRecord, int]] = field(default_factory=dict)
 
-    def reserve(self, image_id: str, entry: Path, needed: int, stage: str) -> None:
+    def reserve(
+        self, image_id: str, entry: Path, needed: int, stage: str, check: Callable[[], None] = lambda: None
+    ) -> None:
         """Promise ``needed`` more bytes to the fetch whose entry of staging this is, making room where there is none.
+
+        ``check`` is called while room is made; what it raises ends the call.
 
         Raises:
             NoSpaceError: it cannot fit, whatever is evicted; with what stands in the way.
@@ -49,8 +60,10 @@ class Keeper:
             _entries.sweep(self.root.staging)
             # also where nothing was swept: what is published while it is counted is counted twice
             refusal = self._try(image_id, entry, needed, stage)
+        if refusal is not None and refusal.limit != "max_bytes" and self._recover():
+            refusal = self._try(image_id, entry, needed, stage)
         # again and again, since another may take the room that we made
-        while refusal is not None and self._evict_enough(needed - (refusal.free or 0)):
+        while refusal is not None and self._evict_enough(needed - (refusal.free or 0), check):
             refusal = self._try(image_id, entry, needed, stage)
         if refusal is not None:
             stuck = _cleanup.immovable(self.passes.facts(), now=self.passes.now())
@@ -68,21 +81,32 @@ class Keeper:
         """Take a fetch's promise back: all it will take is written."""
         _fs.unlink(entry / _NAME)
 
-    def make_room(self, needed: int) -> bool:
-        """Sweep what dead processes left in staging and evict idle bases until ``needed`` bytes are free, or none is
-        left. Whether anything went at all.
+    def make_room(self, needed: int, check: Callable[[], None] = lambda: None) -> bool:
+        """Sweep what dead processes left in staging and trash and evict idle bases until ``needed`` bytes are free, or
+        none is left. Whether anything went at all.
         """
         swept, _alive = _entries.sweep(self.root.staging)
-        evicted = self._evict(self.passes.evictable(), needed)
-        return bool(swept or evicted)
+        recovered = self._recover()
+        evicted = self.may_evict and self._evict(self.passes.evictable(), needed, check)
+        return bool(swept or recovered or evicted)
 
-    def _evict_enough(self, needed: int) -> bool:
+    def _recover(self) -> bool:
+        """Let the backend sweep what dead processes left, removals that died as well. Whether anything went."""
+        try:
+            return bool(self.backend.recover().removed)
+        except ImageCacheError as err:  # the fetch is judged by what is free all the same
+            _log.warning("left-overs cannot be swept: %s", err)
+            return False
+
+    def _evict_enough(self, needed: int, check: Callable[[], None]) -> bool:
         """Evict ``needed`` bytes, or nothing where that cannot be enough. Whether anything went."""
+        if not self.may_evict:
+            return False
         order = self.passes.evictable()
-        return sum(item.allocated for item in order) >= needed and self._evict(order, needed)
+        return sum(item.allocated for item in order) >= needed and self._evict(order, needed, check)
 
-    def _evict(self, order: Sequence[CleanupItem], needed: int) -> bool:
-        removed = self.passes.evict(order, needed)
+    def _evict(self, order: Sequence[CleanupItem], needed: int, check: Callable[[], None]) -> bool:
+        removed = self.passes.evict(order, needed, check)
         for image_id in removed:
             self.evicted.put(image_id)
         return bool(removed)
@@ -96,13 +120,34 @@ class Keeper:
             return err
         return None
 
+    def _bases(self) -> int:
+        """What all bases take. What a base takes never changes: each is measured once."""
+        sizes: dict[str, tuple[BaseRecord, int]] = {}
+        for base in self.backend.iter_bases():
+            if not base.managed:
+                continue
+            record, size = self.sizes.get(base.image_id, (None, 0))
+            if record is not base.record and record != base.record:
+                try:
+                    size = self.backend.usage(base).allocated
+                except BaseNotFoundError:  # retired meanwhile
+                    continue
+            sizes[base.image_id] = (base.record, size)
+        self.sizes.clear()
+        self.sizes.update(sizes)
+        return sum(size for _record, size in sizes.values())
+
     def _reserve(self, image_id: str, entry: Path, needed: int, stage: str) -> None:
+        # outside the lock, and again inside only where a base came or went meanwhile
+        changed = self.root.bases_changed()
+        bases = self._bases() if self.policy.max_bytes is not None else 0
         with self.locks.admission():
             mine, others, written = self._promised(entry)
             capacity = self.backend.capacity()
             taken = 0
             if self.policy.max_bytes is not None:
-                bases = sum(self.backend.usage(base).allocated for base in self.backend.iter_bases() if base.managed)
+                if changed is None or changed != self.root.bases_changed():
+                    bases = self._bases()
                 taken = bases + written + others
             _space.admit(
                 needed,

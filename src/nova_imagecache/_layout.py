@@ -14,7 +14,7 @@ from __future__ import annotations
 import grp
 import json
 import os
-import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LAYOUT = 1
 _ATTEMPTS = 10
+_QUIET = 1_000_000_000
 _TAG = b"""Signature: 8a477f597d28d172789f06886806bc55
 # This file marks the directory as a cache (https://bford.info/cachedir/). It is made by nova_imagecache.
 """
@@ -47,12 +48,12 @@ class Root:
         self.staging = path / "staging"
         self.locks = path / "locks"
         self._pins = path / "pins"
+        self._bases = path / "bases"
         self._storage = storage
         # 0711: entered by those who know a name, listed by nobody
         self._mode = 0o750 if group is not None else 0o711
         self._group = group
         self._ready = False
-        self._mutex = threading.Lock()
 
     def prepare(self) -> None:
         """The root exists and is ours; checked once.
@@ -63,17 +64,17 @@ class Root:
         """
         if self._ready:
             return
-        with self._mutex:
-            # another thread may have been first; making it twice is harmless
-            try:
-                self._make()
-            except OSError as err:
-                raise BackendError(
-                    f"the cache root {self.path} cannot be used: {err.strerror}",
-                    stage="opening the cache",
-                    todo="Give this user a directory it owns, or correct root in the configuration",
-                ) from err
-            self._ready = True
+        # others may be at it, in this process or another: making it twice is harmless, and waiting for a thread is not
+        # (a child forked meanwhile would wait for ever)
+        try:
+            self._make()
+        except OSError as err:
+            raise BackendError(
+                f"the cache root {self.path} cannot be used: {err.strerror}",
+                stage="opening the cache",
+                todo="Give this user a directory it owns, or correct root in the configuration",
+            ) from err
+        self._ready = True
 
     def _make(self) -> None:
         _fs.make_dirs(self.path, self._mode)
@@ -124,6 +125,17 @@ class Root:
                 [f"root: {self.path} belongs to storage {storage!r}, not {self._storage!r}: give each its own root"]
             )
 
+    def bases_changed(self) -> int | None:
+        """When a base came or went last, as a number to compare; None: just now, or there is nothing to tell it by.
+
+        A directory's time moves in steps of milliseconds, so that of the last second tells nothing.
+        """
+        try:
+            changed = os.stat(self._bases).st_mtime_ns  # noqa: PTH116 - one call
+        except OSError:
+            return None
+        return changed if abs(time.time_ns() - changed) > _QUIET else None
+
     # --- pins
 
     def pin(self, pin: Pin) -> None:
@@ -149,8 +161,9 @@ class Root:
     def pins(self, image_id: str, now: float) -> tuple[Pin, ...]:
         """The pins that hold at POSIX seconds ``now``. A pin that cannot be read holds: doubt keeps the base."""
         found = []
+        directory = f"{self._pins}/{image_id}"
         try:
-            names = sorted(os.listdir(self._pins / image_id))  # noqa: PTH208 - names, not paths
+            names = sorted(os.listdir(directory))  # noqa: PTH208 - names, not paths
         except FileNotFoundError:
             return ()
         except OSError:
@@ -159,7 +172,8 @@ class Root:
             if not name.endswith(".json"):
                 continue
             try:
-                until = json.loads((self._pins / image_id / name).read_bytes())["until"]
+                with open(f"{directory}/{name}", "rb") as file:  # noqa: PTH123 - thousands in a pass
+                    until = json.loads(file.read())["until"]
             except FileNotFoundError:  # unpinned meanwhile
                 continue
             except (OSError, ValueError, TypeError, KeyError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import resource
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,14 +20,15 @@ from nova_imagecache.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from nova_imagecache._locks import Lock
     from nova_imagecache._models import BaseImage, CleanupItem, CleanupPlan, DiskUser, Retired
     from nova_imagecache._removal import Remover
 
-_CHUNK = 64
-"""Bases that are retired together, so that the finders look once for all of them. Each holds a descriptor."""
+_FEWEST, _MOST = 64, 16384
+_DESCRIPTORS = 3
+"""Of each base on its way out, at most: its lock and the backend's hold on what is retired."""
 
 _log = logging.getLogger(__name__)
 
@@ -81,30 +84,37 @@ class Passes:
     def facts(self) -> list[_cleanup.BaseFacts]:
         """What is known of every base, the finders asked once for all of them."""
         bases = list(self._backend.iter_bases())
-        found: dict[str, list[DiskUser]] | None
+        found: dict[str, list[DiskUser]] = {}
+        doubt = ""
         try:
             found = _users.from_finders(self._remover.finders, bases)
         except UsersUnknownError as err:
             _log.warning("every base is kept: %s", err)
-            found = None
+            doubt = err.detail
         pinned = self._remover.root.pinned()
-        return [fact for base in bases if (fact := self._facts(base, found, pinned)) is not None]
+        facts = []
+        for base in bases:
+            fact = self._facts(base, found.get(base.image_id, ()), doubt, pinned=base.image_id in pinned)
+            if fact is not None:
+                facts.append(fact)
+        return facts
 
     def _facts(
-        self, base: BaseImage, found: dict[str, list[DiskUser]] | None, pinned: frozenset[str]
+        self, base: BaseImage, found: Sequence[DiskUser], doubt: str = "", *, pinned: bool = True
     ) -> _cleanup.BaseFacts | None:
-        root, clock = self._remover.root, self._remover.clock
-        pins = root.pins(base.image_id, clock()) if base.image_id in pinned else ()
+        """What is known of one base, None: it is gone. ``found`` is the finders'; ``pinned``: a pin may be there."""
+        pins = self._remover.root.pins(base.image_id, self.now()) if pinned else ()
         users: int | None = None
         allocated = 0
         try:
-            counted = sum(1 for _user in self._backend.iter_users(base))
+            counted = _users.count(self._backend.iter_users(base), found)
             allocated = self._backend.usage(base).allocated
-            users = None if found is None else counted + len(found.get(base.image_id, ()))
+            users = None if doubt else counted
         except BaseNotFoundError:  # removed while we looked
             return None
         except ImageCacheError as err:
             _log.warning("base %s is kept: %s", base.image_id, err)
+            doubt = doubt or err.detail
         return _cleanup.BaseFacts(
             image_id=base.image_id,
             managed=base.managed,
@@ -113,6 +123,7 @@ class Passes:
             last_used=base.last_used,
             unused_since=base.unused_since,
             allocated=allocated,
+            doubt=doubt,
         )
 
     # --- doing
@@ -130,8 +141,9 @@ class Passes:
                 going.append(item)
             else:
                 self._mark(item, outcome)
-        for start in range(0, len(going), _CHUNK):
-            self._remove(going[start : start + _CHUNK], plan.max_idle, plan.in_use, outcome)
+        size = _at_once()
+        for start in range(0, len(going), size):
+            self._remove(going[start : start + size], plan.max_idle, plan.in_use, outcome)
         return CleanupReport(
             removed=tuple(outcome.removed),
             marked=tuple(outcome.marked),
@@ -147,13 +159,22 @@ class Passes:
         """
         return _cleanup.eviction_order(self.facts(), now=self._remover.clock())
 
-    def evict(self, order: Iterable[CleanupItem], needed: int) -> list[str]:
-        """Remove bases in this order until ``needed`` bytes are free; the image ids of those that went."""
+    def evict(self, order: Sequence[CleanupItem], needed: int, check: Callable[[], None]) -> list[str]:
+        """Remove bases in this order until ``needed`` bytes are free; the image ids of those that went.
+
+        As many go together as should be enough, so that the finders look once. ``check`` is called between.
+        """
         outcome = _Outcome()
-        for item in order:
-            if outcome.freed >= needed:
-                break
-            self._remove([item], 0.0, frozenset(), outcome, recent=_cleanup.RECENT)
+        left = list(reversed(order))
+        size = _at_once()
+        while left and outcome.freed < needed:
+            check()
+            going: list[CleanupItem] = []
+            hoped = outcome.freed
+            while left and hoped < needed and len(going) < size:
+                going.append(left.pop())
+                hoped += going[-1].allocated
+            self._remove(going, 0.0, frozenset(), outcome, recent=_cleanup.RECENT)
         return outcome.removed
 
     def _mark(self, item: CleanupItem, outcome: _Outcome) -> None:
@@ -214,7 +235,7 @@ class Passes:
         """The base and its allocated bytes, if it may still go: the plan may be old, today's marks and users decide."""
         base = self._backend.find_base(image_id)
         # the finders had their first look for the plan, and have their second when all are retired
-        facts = self._facts(base, {}, self._remover.root.pinned()) if base is not None else None
+        facts = self._facts(base, ()) if base is not None else None
         if base is None or facts is None:
             raise BaseNotFoundError(image_id=image_id)
         now = self._remover.clock()
@@ -225,9 +246,8 @@ class Passes:
             raise BaseBusyError("it was used just now", image_id=image_id)
         return base, facts.allocated
 
-    def _look_again(self, going: Iterable[_Going], outcome: _Outcome) -> list[_Going]:
-        """Those that nobody came to depend on meanwhile; the others get their names back."""
-        going = list(going)
+    def _look_again(self, going: Sequence[_Going], outcome: _Outcome) -> list[_Going]:
+        """Those that nobody came to use or depend on meanwhile; the others get their names back."""
         names = [name for each in going for name in (each.base, each.retired.base)]
         unknown: UsersUnknownError | None = None
         found: dict[str, list[DiskUser]] = {}
@@ -241,7 +261,7 @@ class Passes:
             try:
                 if unknown is not None:
                     raise unknown
-                self._remover.refuse(each.retired.base, found.get(image_id, ()))
+                self._remain_unused(each, found.get(image_id, ()))
             except ImageCacheError as err:
                 outcome.stays(image_id, err)
                 self._restore(each, outcome)
@@ -249,8 +269,28 @@ class Passes:
                 leaving.append(each)
         return leaving
 
+    def _remain_unused(self, each: _Going, found: Sequence[DiskUser]) -> None:
+        """Come back if a retired base has no users, no pins, and was not used since it was judged."""
+        base = each.retired.base
+        if users := _users.count(self._backend.iter_users(base), found):
+            raise BaseBusyError(f"{users} root disk(s) came to depend on it meanwhile", image_id=base.image_id)
+        if pins := self._remover.root.pins(base.image_id, self.now()):
+            owners = ", ".join(pin.owner for pin in pins)
+            raise BaseBusyError(f"pinned meanwhile by {owners}", image_id=base.image_id)
+        # who ensures a base notes its use and then looks whether it is still there
+        if base.last_used != each.base.last_used:
+            raise BaseBusyError("it was used just now", image_id=base.image_id)
+
     def _restore(self, each: _Going, outcome: _Outcome) -> None:
         try:
             self._backend.restore_base(each.retired)
         except ImageCacheError as err:  # recover finds it in the trash, with its users, and restores it
             outcome.stays(each.base.image_id, err)
+
+
+def _at_once() -> int:
+    """How many bases are retired together, so that the finders look once for all of them."""
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names, not paths
+    free = _MOST * _DESCRIPTORS if soft == resource.RLIM_INFINITY else soft - open_now
+    return min(max(free // _DESCRIPTORS, _FEWEST), _MOST)

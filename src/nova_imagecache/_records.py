@@ -94,8 +94,7 @@ def _load(data: bytes, cls: type[BaseRecord | DiskRecord]) -> dict[str, Any]:
     if values.get("version") != RECORD_VERSION:
         raise RecordError(f"record version {values.get('version')!r}; this library reads {RECORD_VERSION}")
     # fields that a later minor release adds are left alone
-    known = {f.name for f in fields(cls)}
-    values = {name: value for name, value in values.items() if name in known}
+    values = {name: value for name, value in values.items() if name in _FIELDS[cls]}
     for key in ("source_digest", "digest"):
         if isinstance(values.get(key), dict):
             try:
@@ -109,3 +108,6 @@ def _expect(record: BaseRecord | DiskRecord, kind: type | UnionType, *names: str
     for name in names:
         if not isinstance(getattr(record, name), kind):
             raise RecordError(f"{name} is no {getattr(kind, '__name__', kind)}")
+
+
+_FIELDS = {cls: frozenset(f.name for f in fields(cls)) for cls in (BaseRecord, DiskRecord)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +14,6 @@ from nova_imagecache.exceptions import (
     BasePinnedError,
     ImageCacheError,
     InvalidRequestError,
-    UsersUnknownError,
 )
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from nova_imagecache._guard import GuardedBackend
     from nova_imagecache._layout import Root
     from nova_imagecache._models import BaseImage, DiskUser, Retired
+
+_log = logging.getLogger(__name__)
 
 
 class BaseBusyError(ImageCacheError):
@@ -73,7 +75,7 @@ class Remover:
         """
         if users := [*self.backend.iter_users(base), *found]:
             disks = (disk for disk in self.backend.iter_root_disks() if disk.image_id == base.image_id)
-            raise BaseInUseError(_users.with_names(users, disks), image_id=base.image_id, stage="removal")
+            raise BaseInUseError(_users.with_names(users, disks, base), image_id=base.image_id, stage="removal")
         if pins := self.root.pins(base.image_id, self.clock()):
             raise BasePinnedError([pin.owner for pin in pins], image_id=base.image_id, stage="removal")
 
@@ -108,5 +110,6 @@ class Remover:
         """Whether the storage knows a user; doubt counts as one."""
         try:
             return any(True for _user in self.backend.iter_users(base))
-        except UsersUnknownError:
+        except ImageCacheError as err:
+            _log.warning("base %s counts as used: %s", base.image_id, err)
             return True

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from nova_imagecache import _guard
+from nova_imagecache._models import FileLocation
 from nova_imagecache.exceptions import UsersUnknownError
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ def from_finders(finders: Sequence[UserFinder], bases: Sequence[BaseImage]) -> d
         UsersUnknownError: a finder cannot tell, or failed.
     """
     found: dict[str, list[DiskUser]] = {}
-    for finder in finders:
+    for finder in finders if bases else ():
         with _guard.translated(partial(_unknown, finder)):
             for user in finder.find(bases):
                 found.setdefault(user.image_id, []).append(user)
@@ -64,7 +67,30 @@ def users_of(backend: Backend, finders: Sequence[UserFinder], base: BaseImage) -
     return users
 
 
-def with_names(users: Sequence[DiskUser], disks: Iterable[RootDisk]) -> list[DiskUser]:
+def count(stored: Iterable[DiskUser], found: Iterable[DiskUser]) -> int:
+    """How many disks that is, each once, however many know of it.
+
+    One that only a finder names is taken for one of those that the storage counts without a name. Never 0 where there
+    is any.
+    """
+    nameless = 0
+    named: set[tuple[str | None, str | None]] = set()
+    for user in stored:
+        if user.disk_id is None:
+            nameless += 1
+        else:
+            named.add((user.disk_id, user.name))
+    more: set[tuple[str | None, str | None]] = set()
+    said = 0
+    for user in found:
+        if user.disk_id is None:
+            said = 1
+        else:
+            more.add((user.disk_id, user.name))
+    return max(len(named) + max(nameless, len(more - named)), said)
+
+
+def with_names(users: Sequence[DiskUser], disks: Iterable[RootDisk], base: BaseImage) -> list[DiskUser]:
     """The users with names put to those that the storage only counts (hard links), from the root disks we made.
 
     A counted user that no disk of ours explains stays in the list without a name.
@@ -75,20 +101,22 @@ def with_names(users: Sequence[DiskUser], disks: Iterable[RootDisk]) -> list[Dis
     for disk in disks:
         if not counted:
             break
-        if disk.reference != counted[0].known_by:
+        if disk.reference != counted[0].known_by or _holds_another(disk, base):
             continue
         user = counted.pop(0)
         if (disk.disk_id, disk.name) in known:  # a finder named it already: one user, known twice
             continue
         detail = str(getattr(disk.location, "path", "")) or user.detail
-        named.append(
-            type(user)(
-                image_id=user.image_id,
-                known_by=user.known_by,
-                disk_id=disk.disk_id,
-                name=disk.name,
-                detail=detail,
-                certain=user.certain,
-            )
-        )
+        named.append(replace(user, disk_id=disk.disk_id, name=disk.name, detail=detail))
     return named + counted
+
+
+def _holds_another(disk: RootDisk, base: BaseImage) -> bool:
+    """Whether the disk's link is seen to hold other bytes: those that were cached under the image's id before."""
+    if not isinstance(disk.location, FileLocation) or not isinstance(base.location, FileLocation):
+        return False
+    try:
+        held, there = os.stat(f"{disk.location.path}.base"), os.stat(base.location.path)  # noqa: PTH116 - of many
+    except OSError:
+        return False
+    return (held.st_dev, held.st_ino) != (there.st_dev, there.st_ino)

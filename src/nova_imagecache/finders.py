@@ -5,12 +5,13 @@ A finder that cannot tell raises UsersUnknownError, and every base it was asked 
 
 from __future__ import annotations
 
+import fnmatch
+import logging
 import os
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nova_imagecache._chains import KnownBases, uses
+from nova_imagecache._chains import KnownBases, base_below, by_record
 from nova_imagecache._models import DiskUser
 from nova_imagecache.exceptions import UsersUnknownError
 
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 
     from nova_imagecache._models import BaseImage
 
-_DEPTH = 4
-"""Levels of directories below a given one: an instance's, and what lies in it."""
+NOT_DISKS = ("console.log", "console.log.*", "disk.info", "libvirt.xml", "lost+found", "swtpm", "unrescue.xml")
+"""Names, as shell patterns, that hypervisors, drivers and filesystems give to what is no disk."""
+
+_log = logging.getLogger(__name__)
 
 
 class ImagesInUse:
@@ -47,56 +50,145 @@ class DiskDirectories:
 
     Bases are known by device and inode, since a hypervisor names them by other links and block jobs make names
     absolute, and by their path, since one that is just being removed has no inode there. A file costs one open and
-    one or two reads; no child process runs.
+    one or two reads; no child process runs. Symbolic links are not followed.
 
-    A file that vanishes meanwhile uses nothing. One that cannot be read keeps the base that its record names; without
-    a record it may use any, and every base is kept.
+    A file that vanishes meanwhile uses nothing. So does one with a header that QEMU refuses; it is logged, once. One
+    that cannot be read keeps the base that its record names. Without a record, ``chains`` is asked: the layers of each
+    disk that a hypervisor has open now, the top first (``LibvirtDomains.chains``). A file that is not among them may
+    use any base, and every base is kept; but for what is called as in ``not_disks``, which is passed over when it
+    cannot be read.
     """
 
     name = "disk directories"
 
-    def __init__(self, directories: Iterable[Path]) -> None:
+    def __init__(
+        self,
+        directories: Iterable[Path],
+        *,
+        not_disks: Iterable[str] = NOT_DISKS,
+        chains: Callable[[], Iterable[Sequence[Path]]] | None = None,
+    ) -> None:
         self._directories = tuple(directories)
+        self._not_disks = tuple(not_disks)
+        self._chains = chains
+        self._told: set[str] = set()
 
     def find(self, bases: Sequence[BaseImage]) -> Iterator[DiskUser]:
         """The users of these bases among the files.
 
         Raises:
-            UsersUnknownError: a directory or file cannot be read, and nothing says what it uses.
+            UsersUnknownError: a directory is not there; or it or a file cannot be read, and nothing says what it uses.
         """
         known = KnownBases(bases)
+        if not known:  # on storage that no file reads through
+            return
+        look = _Look(known, self._not_disks, self._chains)
         for directory in self._directories:
-            for path in _files(directory, _DEPTH):
-                for image_id, certain in uses(path, known):
+            for path in look.files(os.fspath(directory)):
+                for image_id, certain in look.uses(path):
+                    where, _slash, name = path.rpartition("/")
                     yield DiskUser(
                         image_id=image_id,
                         known_by=self.name,
-                        disk_id=path.parent.name,
-                        name=path.name,
-                        detail=str(path),
+                        disk_id=where.rpartition("/")[2],
+                        name=name,
+                        detail=path,
                         certain=certain,
                     )
+        self._tell(known.damaged)
+        look.raise_doubts()
+
+    def _tell(self, damaged: dict[str, str]) -> None:
+        for path, reason in damaged.items():
+            if path not in self._told:
+                _log.warning("%s has a damaged header and uses no base: %s (said once)", path, reason)
+        self._told = set(damaged)
 
 
-def _files(directory: Path, depth: int) -> Iterator[Path]:
-    """Every regular file below the directory but our records and references, which are looked at through their disks.
+class _Look:
+    """One look over all files: what is known, and what could not be told."""
 
-    Symbolic links are not followed.
-    """
-    try:
-        with os.scandir(directory) as entries:
-            found = list(entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as err:
-        todo = "Let the cache's user list it"
-        raise UsersUnknownError(f"{directory} cannot be listed: {err.strerror}", todo=todo) from err
-    for entry in found:
+    def __init__(
+        self,
+        known: KnownBases,
+        not_disks: Sequence[str],
+        chains: Callable[[], Iterable[Sequence[Path]]] | None,
+    ) -> None:
+        self._known = known
+        self._not_disks = not_disks
+        self._chains = chains
+        self._layers: dict[str, Sequence[Path]] | None = None
+        self._doubts: list[str] = []
+
+    def files(self, top: str) -> Iterator[str]:
+        """Every regular file below the directory but the bases themselves, which read through nothing."""
+        waiting = [top]
+        while waiting:
+            directory = waiting.pop()
+            try:
+                with os.scandir(directory) as entries:
+                    found = list(entries)
+            except (FileNotFoundError, NotADirectoryError) as err:  # removed while we looked; or never there
+                if directory == top:
+                    self._doubts.append(f"{top} cannot be listed: {err.strerror}")
+                continue
+            except OSError as err:
+                if not self._is_no_disk(directory):
+                    self._doubts.append(f"{directory} cannot be listed: {err.strerror}")
+                continue
+            for entry in found:
+                # mostly without asking for more than the listing tells
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif entry.is_file(follow_symlinks=False) and not self._known.is_one(entry):
+                    yield entry.path
+
+    def uses(self, path: str) -> Iterator[tuple[str, bool]]:
+        """The images whose bases the file depends on, and whether that is certain."""
         try:
-            mode = entry.stat(follow_symlinks=False).st_mode
-        except FileNotFoundError:
-            continue
-        if stat.S_ISDIR(mode) and depth > 1:
-            yield from _files(Path(entry.path), depth - 1)
-        elif stat.S_ISREG(mode) and not entry.name.endswith((".json", ".base")):
-            yield Path(entry.path)
+            image_id = base_below(path, self._known)
+        except OSError as err:
+            yield from self._unreadable(path, err)
+            return
+        if image_id is not None:
+            yield image_id, True
+
+    def _unreadable(self, path: str, err: OSError) -> Iterator[tuple[str, bool]]:
+        unreadable = str(err.filename)
+        if unreadable == path and self._is_no_disk(path):
+            return
+        try:
+            yield from by_record(err, self._known)
+        except UsersUnknownError as doubt:
+            layers = self._opened(unreadable)
+            if layers is None:
+                self._doubts.append(doubt.detail)
+                return
+            for layer in layers:
+                if (image_id := self._known.at(layer)) is not None:
+                    yield image_id, True
+                    return
+
+    def _opened(self, path: str) -> Sequence[Path] | None:
+        """The layers of the file and below it, by whoever has it open now; None: nobody says."""
+        if self._layers is None:
+            self._layers = {}
+            for chain in self._chains() if self._chains is not None else ():
+                for number, layer in enumerate(chain):
+                    self._layers.setdefault(os.fspath(layer), chain[number:])
+        return self._layers.get(path)
+
+    def _is_no_disk(self, path: str) -> bool:
+        name = path.rpartition("/")[2]
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._not_disks)
+
+    def raise_doubts(self) -> None:
+        """Come back if everything could be told.
+
+        Raises:
+            UsersUnknownError: with the first doubt, and how many more there are.
+        """
+        if self._doubts:
+            more = f" (and {len(self._doubts) - 1} more)" if len(self._doubts) > 1 else ""
+            todo = "Let the cache's user read it, or name what is no disk in not_disks"
+            raise UsersUnknownError(f"{self._doubts[0]}{more}", todo=todo, stage="users")

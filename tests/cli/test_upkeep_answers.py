@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
 from typing import Any
+
+from nova_imagecache.testing import FaultPlan
 
 from .conftest import OPTIONAL_INT, OPTIONAL_TEXT, Site, matches
 
@@ -21,6 +24,17 @@ CLEANED: dict[str, Any] = {
     "allocated": int,
     "users": int,
     "idle": OPTIONAL_INT,
+    "entry": NoneType,
+}
+SWEPT: dict[str, Any] = {
+    "image_id": NoneType,
+    "verdict": str,
+    "outcome": str,
+    "reason": str,
+    "allocated": NoneType,
+    "users": NoneType,
+    "idle": NoneType,
+    "entry": str,
 }
 
 
@@ -56,6 +70,38 @@ def test_cleanup_shows_its_plan_and_then_what_became_of_it(site: Site) -> None:
     outcomes = {row["image_id"]: row["outcome"] for row in done}
     assert outcomes == {"used": "kept", "told": "kept", "idle": "removed"}
     assert [row["image_id"] for row in site.ok("list")] == ["told", "used"]
+
+
+def test_cleanup_tells_what_dead_processes_left(site: Site) -> None:
+    """A row for each left-over that went with it, behind the bases; a dry run sweeps nothing."""
+    site.image("img")
+    site.ok("ensure", "img")
+    litter = site.path / "cache" / "staging" / "img.0123456789abcdef"
+    litter.mkdir()
+    assert len(site.ok("cleanup", "--dry-run")) == 1
+    base, swept = site.ok("cleanup")
+    matches(base, CLEANED)
+    matches(swept, SWEPT)
+    assert (swept["verdict"], swept["outcome"], swept["entry"]) == ("sweep", "swept", f"staging/{litter.name}")
+    assert len(site.ok("cleanup")) == 1
+    litter.mkdir()
+    answer = site.run("cleanup")
+    assert answer.code == 0
+    assert f"staging/{litter.name}" in answer.out, "a table says it as well"
+
+
+def test_cleanup_tells_what_could_not_be_swept(site: Site) -> None:
+    """The exit code is 1, and there is a row that says why."""
+    site.image("img")
+    site.ok("ensure", "img")
+    (site.path / "cache" / "staging" / "img.0123456789abcdef").mkdir()
+    with FaultPlan().fail("fs.rmtree", match="img.0123456789abcdef", nth=0, error=PermissionError(1, "not permitted")):
+        answer = site.run("cleanup", "-f", "json")
+    assert answer.code == 1
+    [failed] = [row for row in answer.data if row["outcome"] == "failed"]
+    matches(failed, SWEPT)
+    assert failed["entry"] == "staging/img.0123456789abcdef"
+    assert "not permitted" in failed["reason"]
 
 
 def test_cleanup_marks_first(site: Site) -> None:

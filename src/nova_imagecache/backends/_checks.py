@@ -6,6 +6,7 @@ import os
 import pwd
 import shutil
 import stat
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _entries, _fs, _qemu
@@ -68,7 +69,8 @@ def _owners(backend: FileDisks) -> Iterator[Fact]:
     yield Fact(
         name="bases of another owner",
         value=str(len(foreign)),
-        problem=f"{foreign[0]} and {len(foreign) - 1} more are not ours: new disks cannot link them"
+        problem=f"{foreign[0]} and {len(foreign) - 1} more are not ours: new disks cannot link them; "
+        "`nova-imagecache verify --repair` takes them back"
         if foreign
         else None,
     )
@@ -80,14 +82,12 @@ def _owners(backend: FileDisks) -> Iterator[Fact]:
     except KeyError:
         yield Fact(name="qemu_user", value=user, problem=f"there is no user {user!r} on this host")
         return
-    groups = set(os.getgrouplist(user, entry.pw_gid))
-    for base in backend.iter_bases():
-        barrier = _barrier(backend.base_path(base.image_id), entry.pw_uid, groups)
-        if barrier is not None:
-            problem = f"{user} cannot read bases: {barrier} stops it; open it to that user or its group"
-            yield Fact(name="qemu_user", value=user, problem=problem)
-            return
-    yield Fact(name="qemu_user", value=user)
+    reader = _Reader(entry.pw_uid, frozenset(os.getgrouplist(user, entry.pw_gid)))
+    barrier = _barrier(backend, reader)
+    problem = None
+    if barrier is not None:
+        problem = f"{user} cannot read bases: {barrier} stops it; open it to that user or its group"
+    yield Fact(name="qemu_user", value=user, problem=problem)
 
 
 def _ours(path: Path) -> bool:
@@ -97,17 +97,43 @@ def _ours(path: Path) -> bool:
         return True
 
 
-def _barrier(path: Path, uid: int, groups: set[int]) -> Path | None:
-    """The first part of the path that stops this user from reading the file, None: nothing does."""
-    if uid == 0:
-        return None
-    for part in [*reversed(path.parents), path]:
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A user by its id and groups, and what the permission bits let it do. Access lists are not looked at."""
+
+    uid: int
+    groups: frozenset[int]
+
+    def may(self, path: Path) -> bool:
+        """Whether the bits of this file or directory let it read or enter; what is gone meanwhile stops nobody."""
+        if self.uid == 0:
+            return True
         try:
-            found = part.stat()
+            found = path.stat()
+        except FileNotFoundError:
+            return True
         except OSError:
-            return part
-        shift = 6 if found.st_uid == uid else 3 if found.st_gid in groups else 0
+            return False
+        shift = 6 if found.st_uid == self.uid else 3 if found.st_gid in self.groups else 0
         wanted = stat.S_IXOTH if stat.S_ISDIR(found.st_mode) else stat.S_IROTH
-        if not found.st_mode & (wanted << shift):
-            return part
+        return bool(found.st_mode & (wanted << shift))
+
+
+def _barrier(backend: FileDisks, reader: _Reader) -> str | None:
+    """The first thing that stops this user on its way to a base or a disk, None: nothing does.
+
+    An empty cache is judged by the directories that its bases will lie in.
+    """
+    bases = backend.base_path("x").parent.parent
+    around = [*reversed(bases.parents), bases, *reversed(backend.paths.disks_dir.parents), backend.paths.disks_dir]
+    for part in around:
+        if not reader.may(part):
+            return str(part)
+    if backend.gid is not None and reader.uid not in (0, os.geteuid()) and backend.gid not in reader.groups:
+        return f"group {backend.paths.group}, which it is not in,"
+    for base in backend.iter_bases():
+        path = backend.base_path(base.image_id)
+        for part in (path.parent, path):
+            if not reader.may(part):
+                return str(part)
     return None

@@ -59,6 +59,7 @@ class FileBases(Backend):
         self._quarantine = paths.root / "quarantine"
         self._users = paths.root / "users"
         self._parsed: dict[str, tuple[tuple[int, int], BaseRecord]] = {}
+        self._retired: dict[str, _entries.Held] = {}
         self.gid: int | None = None
         if paths.group is not None:
             try:
@@ -88,51 +89,48 @@ class FileBases(Backend):
         return self._bases / image_id / "disk"
 
     def find_base(self, image_id: str) -> BaseImage | None:
-        return self._read(image_id, self._bases / image_id)
+        return self._read(image_id)
 
     def iter_bases(self) -> Iterator[BaseImage]:
-        try:
-            names = sorted(os.listdir(self._bases))  # noqa: PTH208 - names, not paths
-        except FileNotFoundError:
-            return
-        for name in names:
-            if (base := self._read(name, self._bases / name)) is not None:
+        for image_id in _entries.names(self._bases):
+            if (base := self._read(image_id)) is not None:
                 yield base
 
-    def _read(self, image_id: str, directory: Path) -> BaseImage | None:
+    # a hit is bound by its stats, and a pass by those of ten thousand bases: names are joined as text
+
+    def _read(self, image_id: str) -> BaseImage | None:
+        directory = f"{self._bases}/{image_id}"
         try:
-            described = os.stat(directory / "base.json")  # noqa: PTH116 - a hit is stat-bound
+            described = os.stat(f"{directory}/base.json")  # noqa: PTH116 - as above
             record = self._record(image_id, directory, (described.st_ino, described.st_mtime_ns))
+            size = os.stat(f"{directory}/disk").st_size  # noqa: PTH116 - as above
         except (FileNotFoundError, NotADirectoryError):
             self._parsed.pop(image_id, None)
             return None
         except _records.RecordError as err:
             _log.warning("base %s is left alone: its record cannot be read: %s", image_id, err)
             return None
+        if size != record.size:
+            # cut off, by a damaged filesystem or a careless hand: the next fetch puts it into quarantine
+            _log.warning("base %s is left alone: it has %d bytes of %d", image_id, size, record.size)
+            return None
         return BaseImage(
             image_id=image_id,
-            location=FileLocation(path=directory / "disk"),
+            location=FileLocation(path=Path(directory, "disk")),
             record=record,
-            last_used=_mark(directory / "last-used"),
-            unused_since=_mark(directory / "unused-since"),
-            inspected=self._inspected(directory, record),
+            last_used=_mark(f"{directory}/last-used"),
+            unused_since=_mark(f"{directory}/unused-since"),
+            inspected=_inspected(directory, record),
         )
 
-    def _record(self, image_id: str, directory: Path, key: tuple[int, int]) -> BaseRecord:
+    def _record(self, image_id: str, directory: str, key: tuple[int, int]) -> BaseRecord:
         # a published record never changes, so its inode and mtime stand for its content
         parsed = self._parsed.get(image_id)
         if parsed is None or parsed[0] != key:
-            parsed = (key, _records.load_base((directory / "base.json").read_bytes()))
+            with open(f"{directory}/base.json", "rb") as file:  # noqa: PTH123 - as above
+                parsed = (key, _records.load_base(file.read()))
             self._parsed[image_id] = parsed
         return parsed[1]
-
-    def _inspected(self, directory: Path, record: BaseRecord) -> int:
-        if record.format == "raw":  # never parsed by anybody, so never looked at again
-            return record.inspector
-        try:
-            return max(int((directory / "inspected").read_text()), record.inspector)
-        except (OSError, ValueError):  # no such mark yet, or a damaged one: look again
-            return record.inspector
 
     # --- making
 
@@ -204,39 +202,56 @@ class FileBases(Backend):
             yield DiskUser(image_id=base.image_id, known_by="link")
 
     def _path_users(self, image_id: str) -> Iterator[DiskUser]:
+        directory = f"{self._users}/{image_id}"
         try:
-            names = sorted(os.listdir(self._users / image_id))  # noqa: PTH208 - names, not paths
+            names = sorted(os.listdir(directory))  # noqa: PTH208 - names, not paths
         except FileNotFoundError:
             return
         for name in names:
             try:
-                values = json.loads((self._users / image_id / name).read_bytes())
-                disk_id, disk_name, path = values["disk_id"], values["name"], Path(values["path"])
+                values = json.loads(_read_bytes(f"{directory}/{name}"))
+                disk_id, disk_name, path = values["disk_id"], values["name"], str(values["path"])
             except FileNotFoundError:  # its disk was removed meanwhile
                 continue
             except (ValueError, TypeError, KeyError):
                 # an unreadable record is still somebody's
                 yield DiskUser(image_id=image_id, known_by="path", detail=name, certain=False)
                 continue
-            # a path that is gone may have moved: doubt, which keeps the base
+            # a path that is gone may have moved: doubt, which keeps the base; so did what was set aside
             yield DiskUser(
                 image_id=image_id,
                 known_by="path",
                 disk_id=disk_id,
                 name=disk_name,
-                detail=str(path),
-                certain=path.exists(),
+                detail=path,
+                certain="~" not in name and os.path.exists(path),  # noqa: PTH110 - thousands in a pass
             )
 
     # --- going
 
     def retire_base(self, base: BaseImage) -> Retired:
+        # held until it is restored or purged, so that a recover beside us leaves it alone: it knows no finders' users
+        directory = self._bases / base.image_id
+        held = _entries.hold(directory, wait=False)
         try:
-            token = self._move_away(self._bases / base.image_id, self._trash)
-        except FileNotFoundError:
-            raise BaseNotFoundError(image_id=base.image_id, stage="retire") from None
-        location = FileLocation(path=self._trash / token / "disk")
-        return Retired(base=replace(base, location=location), token=token)
+            token = self._move_away(directory, self._trash)
+        except BaseException as err:
+            if held is not None:
+                held.release()
+            if isinstance(err, FileNotFoundError):
+                raise BaseNotFoundError(image_id=base.image_id, stage="retire") from None
+            raise
+        # its maker may have held it still, just now
+        held = held or _entries.hold(self._trash / token, wait=False)
+        if held is not None:
+            self._retired[token] = held
+        # a use that was noted meanwhile is told: whoever noted it may have found the base still there
+        retired = replace(
+            base,
+            location=FileLocation(path=self._trash / token / "disk"),
+            last_used=_mark(self._trash / token / "last-used"),
+        )
+        return Retired(base=retired, token=token)
 
     def restore_base(self, retired: Retired) -> None:
         try:
@@ -246,11 +261,20 @@ class FileBases(Backend):
             if err.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                 raise
             return
+        finally:
+            self._let_go(retired.token)
         _fs.fsync_dir(self._bases)
         _fs.fsync_dir(self._trash)
 
     def purge_base(self, retired: Retired) -> None:
-        self._purge(retired.token)
+        try:
+            self._purge(retired.token)
+        finally:
+            self._let_go(retired.token)
+
+    def _let_go(self, token: str) -> None:
+        if (held := self._retired.pop(token, None)) is not None:
+            held.release()
 
     def _purge(self, token: str) -> None:
         # out of the reach of restore first: whoever restores it beside us gets a whole base or none
@@ -288,11 +312,16 @@ class FileBases(Backend):
     # --- figures
 
     def usage(self, base: BaseImage) -> DiskUsage:
-        directory = _path(base).parent
-        allocated = _extents.allocated_tree(directory)[0] + _extents.allocated(directory)
-        if not allocated:
-            raise BaseNotFoundError(image_id=base.image_id, stage="usage")
-        return DiskUsage(virtual_size=base.virtual_size, allocated=allocated)
+        directory = os.path.dirname(_path(base))  # noqa: PTH120 - thousands in a pass
+        try:
+            blocks = os.stat(directory).st_blocks  # noqa: PTH116 - likewise
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    with suppress(FileNotFoundError):  # a mark that was taken away meanwhile
+                        blocks += entry.stat(follow_symlinks=False).st_blocks
+        except FileNotFoundError:
+            raise BaseNotFoundError(image_id=base.image_id, stage="usage") from None
+        return DiskUsage(virtual_size=base.virtual_size, allocated=blocks * 512)
 
     def capacity(self) -> Capacity:
         figures = os.statvfs(self.paths.root)
@@ -318,13 +347,17 @@ class FileBases(Backend):
         alone += [root / "cache.json", root / "CACHEDIR.TAG", *around]
         return sum(map(_extents.allocated, alone)) + sum(_extents.allocated_tree(path)[0] for path in around)
 
-    def sweep_trash(self) -> tuple[list[str], list[str], dict[str, str]]:
-        """Finish the removals that died half-way: (purged, restored, failed with the reason), by entry name.
+    def sweep_trash(self) -> tuple[list[str], list[str], list[str], dict[str, str]]:
+        """Finish the removals that died half-way: (purged, restored, alive, failed with the reason), by entry name.
 
-        What has users comes back. One that cannot be removed stops no other.
+        What has users comes back. One that cannot be removed stops no other; one that a live process removes stays.
         """
-        purged, restored, failed = [], [], {}
-        for token in sorted(os.listdir(self._trash)) if self._trash.is_dir() else []:  # noqa: PTH208 - names
+        purged, restored, alive, failed = [], [], [], {}
+        for token in _entries.names(self._trash):
+            held = _entries.hold(self._trash / token, wait=False)
+            if held is None and (self._trash / token).is_dir():
+                alive.append(token)
+                continue
             try:
                 if self._restore_used(token):
                     restored.append(token)
@@ -334,7 +367,10 @@ class FileBases(Backend):
                 failed[token] = str(err)
             else:
                 purged.append(token)
-        return purged, restored, failed
+            finally:
+                if held is not None:
+                    held.release()
+        return purged, restored, alive, failed
 
     def _restore_used(self, token: str) -> bool:
         """Give a base in the trash its name back if it has users; whether it has it."""
@@ -360,43 +396,25 @@ def _path(base: BaseImage) -> Path:
     return base.location.path
 
 
-def _mark(path: Path) -> float | None:
+def _read_bytes(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 1 << 20)
+    finally:
+        os.close(fd)
+
+
+def _mark(path: str | Path) -> float | None:
     try:
         return os.stat(path).st_mtime  # noqa: PTH116 - a hit is stat-bound
     except FileNotFoundError:
         return None
 
 
-def host_record(disk_id: str, name: str, path: Path, made_at: float) -> bytes:
-    """What is written down of a path reference: whose it is, where, and on which host."""
-    values = {"disk_id": disk_id, "name": name, "path": str(path), "host": os.uname().nodename, "made_at": made_at}
-    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
-
-
-def made_at(written: Path) -> float | None:
-    """When the disk of a path reference was made; None: the reference is not there, or cannot be read."""
+def _inspected(directory: str, record: BaseRecord) -> int:
+    if record.format == "raw":  # never parsed by anybody, so never looked at again
+        return record.inspector
     try:
-        values = json.loads(written.read_bytes())
-    except (OSError, ValueError):
-        return None
-    found = values.get("made_at") if isinstance(values, dict) else None
-    return float(found) if isinstance(found, int | float) else None
-
-
-def set_aside(written: Path, own: float) -> None:
-    """Keep the path reference of an earlier disk of this name: its directory may have moved, and come back."""
-    if (found := made_at(written)) is not None and found != own:
-        _fs.rename(written, written.with_name(f"{written.stem}~{_fs.random_suffix()}.json"))
-
-
-def take_back(written: Path, own: float) -> None:
-    """The disk whose path reference was kept aside is here again and has written it anew: once is enough."""
-    for path in asides(written):
-        if made_at(path) == own:
-            _fs.unlink(path)
-
-
-def asides(written: Path) -> list[Path]:
-    """The path references of earlier disks of the same name."""
-    names = _entries.names(written.parent)
-    return [written.with_name(name) for name in names if name.startswith(f"{written.stem}~")]
+        return max(int(Path(directory, "inspected").read_text()), record.inspector)
+    except (OSError, ValueError):  # no such mark yet, or a damaged one: look again
+        return record.inspector

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from nova_imagecache import _entries, _fs, _records
+from nova_imagecache import _entries, _extents, _fs, _records
 from nova_imagecache.backends import BaseImage, BaseRecord, BaseWriter, ConfigError
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class FileOptions:
         return cls(**options)
 
 
+_WRITEBACK = 16 << 20
+"""Bytes that are written before the kernel is asked to begin with them."""
+
+
 class FileWriter(BaseWriter):
     """A base in the making: a directory in staging, held by this process."""
 
@@ -67,6 +71,7 @@ class FileWriter(BaseWriter):
         self._directory = self._entry.path
         self.path: Path | None = self._directory / "disk"
         self._fd = -1
+        self._dirty = (0, 0)
         try:
             self._fd = _fs.create(self.path, 0o600)
         except BaseException:
@@ -78,9 +83,22 @@ class FileWriter(BaseWriter):
 
     def write_at(self, offset: int, buffer: bytes | bytearray | memoryview) -> None:
         _fs.write(self._fd, offset, buffer)
+        begun, length = self._dirty
+        # begun and written back in runs: bytes come in order, or nearly
+        if offset + len(buffer) - begun > _WRITEBACK or offset < begun:
+            _fs.start_writeback(self._fd, begun, length)
+            begun, length = offset, 0
+        self._dirty = begun, max(length, offset + len(buffer) - begun)
 
-    def write_sums(self, sums: bytes) -> None:
-        _fs.write_file(self._directory / "disk.sums", sums, 0o600)
+    def write_sums(self, sums: bytes | memoryview) -> None:
+        fd = _fs.create(self._directory / "disk.sums", 0o600)
+        try:
+            for offset, run in _extents.nonzero_runs(sums):  # of what holds nothing, there is nothing to write
+                _fs.write(fd, offset, run)
+            _fs.truncate(fd, len(sums))
+            _fs.fsync(fd)
+        finally:
+            os.close(fd)
 
     def sync(self) -> None:
         _fs.fsync(self._fd)

@@ -239,6 +239,16 @@ def _option_parser(*, with_help: bool = False) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     parser.add_argument("--config", metavar="FILE", help=f"the configuration, TOML (default: {default_config_path()})")
+    parser.add_argument(
+        "--libvirt", metavar="URI", help="ask this libvirt for users of bases as well, such as qemu:///system"
+    )
+    parser.add_argument(
+        "--disks",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="look for users of bases in this directory as well; may be given again (default: disks_dir alone)",
+    )
     talk = parser.add_mutually_exclusive_group()
     talk.add_argument(
         "-v", "--verbose", action="count", dest="verbose_level", default=1, help="log what happens; -vv: in detail"

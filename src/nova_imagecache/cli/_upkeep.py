@@ -10,7 +10,7 @@ from nova_imagecache.cli._cells import Cell, Duration, Number, Size, count_argum
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from nova_imagecache import CacheConfig, CleanupItem, CleanupReport
     from nova_imagecache.cli._base import Row
@@ -55,9 +55,12 @@ class Cleanup(RowsCommand):
     """Remove the bases that nobody has used for a while.
 
     A first pass marks a base that has no users, a later one removes it. Run it again and again, say every 40 minutes.
+    What dead processes left is swept as well: rows with an ``entry`` instead of an image. The exit code is 1 where
+    something failed.
     """
 
-    columns = ("image_id", "verdict", "outcome", "reason", "allocated", "users", "idle")
+    columns = ("image_id", "verdict", "outcome", "reason", "allocated", "users", "idle", "entry")
+    detail = ("entry",)
     nothing = "the cache holds no bases"
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
@@ -81,7 +84,7 @@ class Cleanup(RowsCommand):
         return parser
 
     def rows(self, parsed_args: argparse.Namespace) -> Iterable[Row]:
-        """One row for each base: the plan's verdict and, unless it is a dry run, what became of it."""
+        """One row for each base: the plan's verdict, and what became of it unless it is a dry run; then left-overs."""
         with self.open_cache() as cache:
             plan = cache.plan_cleanup(max_idle=parsed_args.max_idle, in_use=parsed_args.in_use)
             report = None if parsed_args.dry_run else cache.cleanup(plan)
@@ -90,7 +93,8 @@ class Cleanup(RowsCommand):
         else:
             self.app.say(f"freed {human_size(report.freed)}")
             self.exit_code = 1 if report.failed else 0
-        return [_cleanup_row(item, report) for item in plan.items]
+        rows = [_cleanup_row(item, report) for item in plan.items]
+        return rows if report is None else [*rows, *_left_overs(report, {item.image_id for item in plan.items})]
 
 
 def _cleanup_row(item: CleanupItem, report: CleanupReport | None) -> Row:
@@ -98,14 +102,32 @@ def _cleanup_row(item: CleanupItem, report: CleanupReport | None) -> Row:
     if report is not None:
         outcome, reason = _outcome(item, report)
     return {
-        "image_id": item.image_id,
+        "image_id": Cell(item.image_id),
         "verdict": item.verdict,
         "outcome": Cell(outcome),
         "reason": reason,
         "allocated": Size(item.allocated),
         "users": Number(item.users),
         "idle": Duration(None if item.idle is None else int(item.idle)),
+        "entry": Cell(None),
     }
+
+
+def _left_overs(report: CleanupReport, bases: set[str]) -> Iterator[Row]:
+    """A row for each left-over of a dead process that was swept, or could not be."""
+    found = [(entry, "swept", "left by a process that is dead") for entry in report.swept]
+    found += [(entry, "failed", why) for entry, why in report.failed.items() if entry not in bases]
+    for entry, outcome, reason in found:
+        yield {
+            "image_id": Cell(None),
+            "verdict": "sweep",
+            "outcome": Cell(outcome),
+            "reason": f"{entry}: {reason}",
+            "allocated": Size(None),
+            "users": Number(None),
+            "idle": Duration(None),
+            "entry": Cell(entry),
+        }
 
 
 def _outcome(item: CleanupItem, report: CleanupReport) -> tuple[str, str]:

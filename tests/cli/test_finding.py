@@ -1,0 +1,130 @@
+"""Who depends on a base, for the command line: what the storage counts, disk directories, and libvirt where asked."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Site
+
+COMMANDS = [
+    ("cleanup", "--max-idle", "0"),
+    ("remove", "img"),
+]
+
+
+def _overlay(path: Path, base: str) -> Path:
+    """An overlay that nobody told the cache about."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, str(path)]
+    subprocess.run(argv, check=True)
+    return path
+
+
+def _base(site: Site) -> str:
+    site.image("img")
+    [row] = site.ok("ensure", "img")
+    return str(row["location"])
+
+
+def _is_there(site: Site) -> bool:
+    return [row["image_id"] for row in site.ok("list")] == ["img"]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_overlays_in_disks_dir_keep_their_base(site: Site, command: tuple[str, ...]) -> None:
+    """Without a word: a rescue disk, a snapshot, a ``_resize`` directory lie where the disks do."""
+    overlay = _overlay(site.path / "disks" / "vm_resize" / "disk.rescue", _base(site))
+    answer = site.run(*command, "-f", "json")
+    assert answer.code == (0 if command[0] == "cleanup" else 3)
+    assert _is_there(site)
+    [user] = site.ok("show", "img")["users"]
+    assert (user["disk_id"], user["name"], user["known_by"]) == ("vm_resize", "disk.rescue", "disk directories")
+    overlay.unlink()
+    assert site.run(*command).code == 0
+    assert not _is_there(site)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_overlays_in_a_named_directory_keep_their_base(site: Site, command: tuple[str, ...], before: bool) -> None:
+    """``--disks`` may be given again, before or behind the command; disks_dir is looked at all the same."""
+    base = _base(site)
+    directories = [site.path / "first", site.path / "second"]
+    overlays = [_overlay(directory / "deep" / "er" / "disk", base) for directory in directories]
+    overlays.append(_overlay(site.path / "disks" / "vm" / "disk", base))
+    options = [text for directory in directories for text in ("--disks", str(directory))]
+    line = [*options, *command] if before else [*command, *options]
+    for overlay in overlays:
+        assert site.run(*line, "-f", "json").code in (0, 3)
+        assert _is_there(site), f"{overlay} and those after it are there"
+        overlay.unlink()
+    assert site.run(*line).code == 0
+    assert not _is_there(site)
+
+
+def test_a_disk_counts_once(site: Site) -> None:
+    """By its link and by its header it is one user."""
+    site.image("img")
+    site.ok("create-disk", "img", "vm")
+    site.ok("create-disk", "img", "vm-2")
+    [row] = site.ok("list")
+    assert row["users"] == 2
+    [row] = site.ok("cleanup", "--dry-run")
+    assert (row["users"], row["reason"]) == (2, "2 root disk(s) depend on it")
+    assert len(site.ok("show", "img")["users"]) == 2
+
+
+def test_a_named_directory_that_is_not_there_is_doubt(site: Site) -> None:
+    """It may be a filesystem that is not mounted: every base stays, and the reason says why."""
+    _base(site)
+    answer = site.run("--disks", str(site.path / "nowhere"), "cleanup", "--max-idle", "0", "-f", "json")
+    [row] = answer.data
+    assert (row["outcome"], row["users"]) == ("kept", None)
+    assert "unknown" in row["reason"]
+    assert str(site.path / "nowhere") in row["reason"]
+    assert site.run("--disks", str(site.path / "nowhere"), "remove", "img").code == 3
+
+
+def test_a_new_host_has_no_disks_yet(site: Site) -> None:
+    """disks_dir is made with the first disk; until then nothing stands in the way."""
+    _base(site)
+    shutil.rmtree(site.path / "disks", ignore_errors=True)
+    assert [row["outcome"] for row in site.ok("cleanup", "--max-idle", "0")] == ["removed"]
+
+
+def test_libvirt_that_cannot_be_asked_is_doubt(site: Site) -> None:
+    """Unknown is not zero, and the reason says what was asked."""
+    _base(site)
+    uri = f"qemu:///system?socket={site.path}/nowhere"
+    answer = site.run("--libvirt", uri, "cleanup", "--max-idle", "0", "-f", "json")
+    [row] = answer.data
+    assert (row["outcome"], row["users"]) == ("kept", None)
+    assert "libvirt" in row["reason"]
+    assert site.run("--libvirt", uri, "usage", "-f", "json").data["reclaimable"] == 0
+    assert _is_there(site)
+
+
+def test_what_is_reclaimable_is_judged_as_well(site: Site) -> None:
+    """What a fetch could make room with, and what cleanup would remove."""
+    base = _base(site)
+    assert site.ok("usage")["reclaimable"] > 0
+    overlay = _overlay(site.path / "elsewhere" / "disk", base)
+    usage: dict[str, Any] = site.run("--disks", str(overlay.parent), "usage", "-f", "json").data
+    assert usage["reclaimable"] == 0
+
+
+def test_the_unit_of_the_timer_runs(site: Site) -> None:
+    """The line that systemd is told is one that the command takes, and that asks everybody who knows."""
+    unit = Path(__file__).parents[2] / "examples" / "systemd" / "nova-imagecache-cleanup.service"
+    [line] = [line for line in unit.read_text().splitlines() if line.startswith("ExecStart=")]
+    program, *arguments = line.removeprefix("ExecStart=/usr/bin/env ").split()
+    assert (program, arguments[0]) == ("nova-imagecache", "--libvirt")
+    arguments[1] += f"?socket={site.path}/nowhere"
+    _base(site)
+    answer = site.run(*arguments)
+    assert (answer.code, [row["outcome"] for row in answer.data]) == (0, ["kept"])
