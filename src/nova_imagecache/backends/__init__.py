@@ -12,16 +12,25 @@ checked ids, names and sizes, holds the locks that save work, and converts forma
 threads at once. It raises the errors named here; anything else it raises reaches the caller as ``BackendError`` that
 names it. After a crash at any moment, ``recover`` leaves no half-made thing behind.
 
+Two things an author need not write anew: ``dump_record`` and ``read_record`` turn a base's record into bytes and back;
+``new_entry`` makes a directory that this process holds until it ends, however it ends, and ``hold`` tells ``recover``
+which of them nobody holds any more.
+
 Entry-point group: ``nova_imagecache.backends``. Test with ``nova_imagecache.testing.BackendContract``.
 """
 
 from __future__ import annotations
 
 import abc
+import logging
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from nova_imagecache import _fs
+from nova_imagecache._entries import Held, hold, new_entry
 from nova_imagecache._models import (
     BaseImage,
     BaseRecord,
@@ -39,6 +48,8 @@ from nova_imagecache._models import (
     Retired,
     RootDisk,
 )
+from nova_imagecache._records import RecordError, load_base
+from nova_imagecache._records import dump_base as dump_record
 from nova_imagecache.exceptions import (
     BackendError,
     BackendUnavailableError,
@@ -79,6 +90,7 @@ __all__ = [
     "Extent",
     "Fact",
     "FileLocation",
+    "Held",
     "ImageInfo",
     "NoSpaceError",
     "RbdLocation",
@@ -86,7 +98,24 @@ __all__ = [
     "Retired",
     "RootDisk",
     "UsersUnknownError",
+    "dump_record",
+    "hold",
+    "new_entry",
+    "read_record",
 ]
+
+_log = logging.getLogger(__name__)
+
+
+def read_record(path: Path) -> BaseRecord | None:
+    """The record in a file that ``dump_record`` made; None: it is not there, or cannot be read, which is logged."""
+    try:
+        return load_base(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except RecordError as err:
+        _log.warning("%s is left alone: the record cannot be read: %s", path, err)
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,21 +164,46 @@ class BaseWriter(abc.ABC):
     path: Path | None = None
     """A local file or block device that may be written directly instead of through ``write_at``, else None."""
 
-    @abc.abstractmethod
     def set_size(self, size: int) -> None:
-        """The base is ``size`` bytes long; what is not written reads as zeros. May be called again to grow it."""
+        """The base is ``size`` bytes long; what is not written reads as zeros. May be called again to grow it.
 
-    @abc.abstractmethod
+        The default sets the size of ``path``.
+        """
+        with self._opened() as fd:
+            _fs.truncate(fd, size)
+
     def write_at(self, offset: int, buffer: bytes | bytearray | memoryview) -> None:
-        """Write ``buffer`` at ``offset``. Thread-safe for disjoint ranges. Grows the base where it must."""
+        """Write ``buffer`` at ``offset``. Thread-safe for disjoint ranges. Grows the base where it must.
 
-    def write_sums(self, sums: bytes) -> None:
+        The default writes to ``path``.
+        """
+        with self._opened() as fd:
+            _fs.write(fd, offset, buffer)
+
+    def read_at(self, offset: int, length: int) -> bytes | None:
+        """``length`` bytes at ``offset`` as they were written; None: this writer cannot read, and the base has no
+        checksums. Asked for the MiBs whose parts came out of order. The default reads ``path``.
+        """
+        if self.path is None:
+            return None
+        with self.path.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, offset).ljust(length, b"\0")
+
+    def write_sums(self, sums: bytes | memoryview) -> None:
         """Keep the checksums of the base's MiBs, so that it can be verified later. The default keeps none."""
         del sums
 
-    @abc.abstractmethod
     def sync(self) -> None:
-        """Everything written is on stable storage when this returns."""
+        """Everything written is on stable storage when this returns. The default syncs ``path``."""
+        with self._opened() as fd:
+            _fs.fsync(fd)
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        if self.path is None:
+            raise NotImplementedError("a writer without a path has its own set_size, write_at and sync")
+        with self.path.open("r+b", buffering=0) as file:
+            yield file.fileno()
 
     @abc.abstractmethod
     def publish(self, record: BaseRecord) -> BaseImage:
@@ -225,6 +279,9 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def retire_base(self, base: BaseImage) -> Retired:
         """Take the name away in one atomic, durable step: the base is not found any more, its bytes are still there.
+
+        ``last_used`` of the retired base is read after that, where it can be: a use that was noted meanwhile brings the
+        base back.
 
         Raises:
             BaseNotFoundError: it is gone already.

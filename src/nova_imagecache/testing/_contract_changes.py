@@ -16,8 +16,16 @@ from nova_imagecache.testing._contract_kit import (
     refused,
     same,
 )
+from nova_imagecache.testing._promises import chapter
 
 
+@chapter(
+    "changes",
+    "backends.Backend.remove_root_disk",
+    "backends.Backend.resize_root_disk",
+    "backends.Backend.flatten_root_disk",
+    "backends.Backend.attach_root_disk",
+)
 class ChangeContract(ContractKit):
     """A root disk is removed, resized, flattened, attached."""
 

@@ -20,6 +20,7 @@ from nova_imagecache.backends import Backend, BackendPaths
 from nova_imagecache.exceptions import BaseNotFoundError, DiskExistsError, ImageCacheError
 from nova_imagecache.testing._contract_kit import DISK_SIZE, MIB, ContractKit, promise, same
 from nova_imagecache.testing._faults import DEFAULT_MODULES, FaultPlan, When
+from nova_imagecache.testing._promises import chapter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +29,7 @@ ACTIONS = ("publish", "create", "remove", "resize", "flatten", "attach", "attach
 MAY_LACK_DISK = ("publish", "create", "remove", "purge")
 
 
+@chapter("recovery", "backends.Backend.recover", "backends.Backend.close")
 class RecoveryContract(ContractKit):
     """``recover`` sweeps what is dead and nothing else."""
 
@@ -77,11 +79,12 @@ class RecoveryContract(ContractKit):
         return sorted(backend.iter_root_disks(), key=lambda disk: (disk.disk_id, disk.name))
 
 
+@chapter("crashes", "backends.Backend.recover", "backends.BaseWriter.publish", "backends.Backend.create_root_disk")
 class CrashContract(ContractKit):
     """Every operation, disturbed at each of its steps: afterwards everything that is there is whole."""
 
     fault_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
-    """The modules whose ``SEAMS`` are this backend's steps."""
+    """The modules whose ``SEAMS`` are this backend's steps; () where they cannot be seen."""
 
     actions: ClassVar[tuple[str, ...]] = ACTIONS
     """The operations to disturb. One more class for an option that changes little may name fewer."""
@@ -91,6 +94,12 @@ class CrashContract(ContractKit):
         if "action" in metafunc.fixturenames:
             actions = getattr(metafunc.cls, "actions", ACTIONS)
             metafunc.parametrize("action", actions)
+
+    def test_steps_can_be_seen(self, tmp_path: Path) -> None:
+        """Steps that change storage go through ``SEAMS`` of the ``fault_modules``, so that each can be tried."""
+        for action in ("publish", "create") if self.fault_modules else ():
+            words = f"{action} takes no step in {self.fault_modules}; name the modules that change your storage"
+            promise(self._step_names(action, tmp_path / action), words)
 
     def test_failure_at_each_step(self, action: str, tmp_path: Path) -> None:
         """A step that fails (disk full) leaves everything whole, the same call works again, and all can be tidied."""
@@ -152,6 +161,10 @@ class CrashContract(ContractKit):
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         promise(status in (0, -signal.SIGKILL), f"{action} in a child ends or is killed, not {status}")
 
+    def leftovers(self, paths: BackendPaths) -> list[str]:  # noqa: ARG002 - for those that can tell
+        """Names in the storage that nothing needs, where that can be told; asked when ``recover`` has run."""
+        return []
+
     def child(self, action: str, paths: BackendPaths, plan: FaultPlan) -> None:
         """What the other process does; it does not come back."""
         backend = self.make_backend(paths)
@@ -187,7 +200,9 @@ class CrashContract(ContractKit):
 
     def _act(self, action: str, backend: Backend) -> None:
         if action == "stage":
-            self.stage(backend, "img", self.sample(backend)).sync()
+            # kept: a writer that nobody holds may discard itself
+            writer = self.stage(backend, "img", self.sample(backend))
+            writer.sync()
             os.kill(os.getpid(), signal.SIGKILL)
         elif action == "publish":
             self._act_publish(backend)
@@ -223,6 +238,7 @@ class CrashContract(ContractKit):
             self._act(action, backend)
 
     def _step_names(self, action: str, tmp_path: Path) -> list[str]:
+        tmp_path.mkdir(exist_ok=True)
         backend = self.make_backend(self._prepared(action, tmp_path / "trace"))
         with FaultPlan(self.fault_modules) as plan:
             self._act(action, backend)
@@ -241,6 +257,8 @@ class CrashContract(ContractKit):
         backend = self.make_backend(paths)
         report = backend.recover()
         same(report.failed, {}, f"{words}: recover fails nowhere")
+        same(report.alive, (), f"{words}: recover takes nothing for a living process's")
+        same(self.leftovers(paths), [], f"{words}: recover leaves nothing that nothing needs")
         second = backend.recover()
         same((second.removed, second.restored), ((), ()), f"{words}: recover sweeps all at once (first: {report})")
         capacity = backend.capacity()

@@ -20,6 +20,7 @@ from nova_imagecache.testing._contract_kit import (
     refused,
     same,
 )
+from nova_imagecache.testing._promises import chapter
 
 DISKS = (
     (LONG_ID, LONG_NAME),
@@ -43,6 +44,12 @@ DISKS = (
 """(disk id, name) at the limits of the grammar, and such as could be taken for each other."""
 
 
+@chapter(
+    "creation",
+    "backends.Backend.create_root_disk",
+    "backends.Backend.get_root_disk",
+    "backends.Backend.iter_root_disks",
+)
 class CreationContract(ContractKit):
     """A root disk is made."""
 
@@ -57,6 +64,14 @@ class CreationContract(ContractKit):
             allowed = REFERENCES[backend.properties.disk_kind]
             promise(disk.reference in allowed, f"the reference fits disk_kind: {disk.reference!r} is none of {allowed}")
             self.check_disk(backend, disk, self.sample(backend), "a disk reads as its base, then zeros up to its size")
+
+    def test_large_disk(self, backend: Backend) -> None:
+        """A disk may be far larger than its base, beyond 32 bits, and may grow further."""
+        self.create(backend, self.publish(backend, "img"), size=self.large_size)
+        for size in (self.large_size, self.large_size + MIB):
+            disk = backend.resize_root_disk("vm", "disk", size)
+            same(disk.virtual_size, size, "a large disk has the size it was asked for")
+            same(backend.get_root_disk("vm", "disk"), disk, "get_root_disk tells the size of a large disk")
 
     def test_get_and_iter_agree(self, backend: Backend) -> None:
         """``create_root_disk``, ``get_root_disk`` and ``iter_root_disks`` tell of the same disks."""
@@ -146,7 +161,7 @@ class CreationContract(ContractKit):
         backend.remove_root_disk("vm", "disk")
         if not isinstance(location, FileLocation):
             return
-        location.path.parent.mkdir(exist_ok=True)
+        location.path.parent.mkdir(parents=True, exist_ok=True)
         location.path.write_bytes(b"somebody's")
         refused(DiskExistsError, partial(self.create, backend, base), "a file in the disk's place is DiskExistsError")
         same(location.path.read_bytes(), b"somebody's", "a file in the disk's place is left alone")
@@ -178,6 +193,7 @@ class CreationContract(ContractKit):
             self.check_disk(backend, disk, self.sample(backend), "a disk that is made beside others is whole")
 
 
+@chapter("users", "backends.Backend.iter_users", "backends.DiskUser")
 class UsersContract(ContractKit):
     """Who depends on a base."""
 

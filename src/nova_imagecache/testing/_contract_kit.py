@@ -1,31 +1,50 @@
-"""What the parts of ``BackendContract`` share: hooks for what differs, samples, and words for a broken promise."""
+"""What the parts of ``BackendContract`` share: hooks for what differs, samples, and what the tests are written in."""
 
 from __future__ import annotations
 
 import abc
-import functools
-import hashlib
-import random
 import subprocess
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import pytest
 
-from nova_imagecache._models import BaseImage, BaseRecord, BlockLocation, Digest, FileLocation, RootDisk
+from nova_imagecache._models import BaseImage, BaseRecord, BlockLocation, FileLocation, RootDisk
 from nova_imagecache.backends import Backend, BackendPaths, BaseWriter
 from nova_imagecache.exceptions import ImageCacheError
+from nova_imagecache.testing._promises import promise, refused, same
+from nova_imagecache.testing._samples import (
+    DISK_SIZE,
+    GUEST_SIZE,
+    MIB,
+    Sample,
+    make_sample,
+    record_of,
+    run_qemu,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-MIB = 2**20
-GUEST_SIZE = 3 * MIB
-DISK_SIZE = GUEST_SIZE + MIB
+__all__ = [
+    "DISK_SIZE",
+    "GUEST_SIZE",
+    "LONG_ID",
+    "LONG_NAME",
+    "MIB",
+    "REFERENCES",
+    "ContractKit",
+    "Sample",
+    "in_threads",
+    "promise",
+    "refused",
+    "same",
+]
 
 LONG_ID = "Z" + "aB0._-" * 21
 """127 characters, all kinds that an id may have."""
@@ -36,40 +55,7 @@ LONG_NAME = "d" + "isk.0-" * 5 + "x"
 REFERENCES = {"copy": ("none",), "overlay": ("link", "path"), "clone": ("clone",)}
 """What may tie a disk to its base, by ``disk_kind``."""
 
-_E = TypeVar("_E", bound=BaseException)
 _T = TypeVar("_T")
-
-
-def promise(kept: object, words: str) -> None:
-    """AssertionError in ``words`` unless the promise was kept."""
-    if not kept:
-        raise AssertionError(f"broken promise: {words}")
-
-
-def same(actual: object, expected: object, words: str) -> None:
-    """AssertionError in ``words``, with what differs, unless both are equal."""
-    if actual != expected:
-        raise AssertionError(f"broken promise: {words}: {_difference(actual, expected)}")
-
-
-def refused(error: type[_E], call: Callable[[], object], words: str) -> _E:
-    """The ``error`` that the call raised; AssertionError in ``words`` if it raised none or another of our errors."""
-    try:
-        answer = call()
-    except error as err:
-        return err
-    except ImageCacheError as err:
-        raise AssertionError(f"broken promise: {words}: expected {error.__name__}, got {err!r}") from err
-    raise AssertionError(f"broken promise: {words}: expected {error.__name__}, got the answer {answer!r}")
-
-
-def _difference(actual: object, expected: object) -> str:
-    if not (isinstance(actual, bytes) and isinstance(expected, bytes)):
-        return f"expected {expected!r}, got {actual!r}"
-    if len(actual) != len(expected):
-        return f"expected {len(expected)} bytes, got {len(actual)}"
-    first = next(i for i, (a, b) in enumerate(zip(actual, expected, strict=True)) if a != b)
-    return f"bytes differ from offset {first} on: expected {expected[first : first + 8]!r}, got {actual[first:][:8]!r}"
 
 
 def in_threads(calls: Sequence[Callable[[], _T]]) -> list[_T | ImageCacheError]:
@@ -87,36 +73,21 @@ def in_threads(calls: Sequence[Callable[[], _T]]) -> list[_T | ImageCacheError]:
         return list(pool.map(run, calls))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """Bytes for one base: as ``stored``, and as a ``guest`` sees them. Data, holes, and data across a MiB boundary."""
-
-    format: str
-    stored: bytes
-    guest: bytes
-
-
-@functools.cache
-def make_sample(base_format: str, seed: str) -> Sample:
-    """The sample of that seed; two seeds give other bytes everywhere."""
-    words = random.Random(seed)  # noqa: S311 - the same bytes in every run
-    guest = bytearray(GUEST_SIZE)
-    for start, end in ((0, 65536), (MIB - 8192, MIB + 8192), (GUEST_SIZE - 1536, GUEST_SIZE)):
-        guest[start:end] = words.randbytes(end - start)
-    stored = bytes(guest) if base_format == "raw" else _convert(bytes(guest), "raw", base_format)
-    return Sample(format=base_format, stored=stored, guest=bytes(guest))
-
-
-def _convert(data: bytes, before: str, after: str) -> bytes:
-    with tempfile.TemporaryDirectory() as directory:
-        source, target = Path(directory, "source"), Path(directory, "target")
-        source.write_bytes(data)
-        _qemu("qemu-img", "convert", "-f", before, "-O", after, str(source), str(target))
-        return target.read_bytes()
-
-
-def _qemu(*argv: str) -> None:
-    subprocess.run(argv, check=True, capture_output=True, timeout=60)
+@contextmanager
+def opened_by_qemu(path: Path, disk_format: str) -> Iterator[None]:
+    """While the block runs, qemu has the disk open for writing."""
+    argv = ["qemu-io", "-f", disk_format, str(path)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdout is not None  # noqa: S101  # for the type checker
+        said = b""
+        while not said.endswith(b"qemu-io> "):  # it asks when it has opened the disk
+            letter = guest.stdout.read(1)
+            promise(letter, f"a root disk can be opened by qemu: {said!r}")
+            said += letter
+        try:
+            yield
+        finally:
+            guest.terminate()
 
 
 class ContractKit(abc.ABC):
@@ -130,6 +101,9 @@ class ContractKit(abc.ABC):
 
     threads: ClassVar[int] = 8
     """How many threads contend in the tests of races."""
+
+    large_size: ClassVar[int] = 5 * 2**30 + 512
+    """Bytes of the largest disk that is made. Nothing is written to it: set less where it is allocated all the same."""
 
     @abc.abstractmethod
     def make_backend(self, paths: BackendPaths) -> Backend:
@@ -148,7 +122,7 @@ class ContractKit(abc.ABC):
             return path.read_bytes()
         with tempfile.TemporaryDirectory() as directory:
             target = Path(directory, "raw")
-            _qemu("qemu-img", "convert", "-f", disk.format, "-O", "raw", str(path), str(target))
+            run_qemu("qemu-img", "convert", "-f", disk.format, "-O", "raw", str(path), str(target))
             return target.read_bytes()
 
     def write_disk(
@@ -164,12 +138,34 @@ class ContractKit(abc.ABC):
             pattern.write(data)
             pattern.flush()
             command = f"write -s {pattern.name} {offset} {len(data)}"
-            _qemu("qemu-io", "-f", disk.format, "-c", command, str(path))
+            run_qemu("qemu-io", "-f", disk.format, "-c", command, str(path))
 
     def litter(self, paths: BackendPaths, disk_id: str) -> list[str]:
         """Names that a root disk which is not there has left behind, apart from an empty directory of its own."""
         directory = paths.disks_dir / disk_id
         return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+    # --- hooks that may be left out: their tests are skipped, and say so
+
+    def filled(self, backend: Backend, paths: BackendPaths) -> AbstractContextManager[None] | None:  # noqa: ARG002
+        """Storage without room for another 64 KiB while the block runs; None: it cannot be filled here.
+
+        ``fill_directory`` does it for a small filesystem, on which ``make_paths`` then puts the storage.
+        """
+        return None
+
+    def hidden_users(self, backend: Backend, paths: BackendPaths) -> AbstractContextManager[None] | None:  # noqa: ARG002
+        """Storage that cannot count users while the block runs; None: it always can."""
+        return None
+
+    def held_open(self, backend: Backend, disk: RootDisk) -> AbstractContextManager[None] | None:  # noqa: ARG002
+        """A guest that has the disk open for writing while the block runs; None: nobody can have it open.
+
+        Where the disk is a file or a block device: qemu, with the locks that it takes.
+        """
+        if isinstance(disk.location, FileLocation | BlockLocation):
+            return opened_by_qemu(disk.location.path, disk.format)
+        return None
 
     def _disk_path(self, disk: RootDisk) -> Path:
         if isinstance(disk.location, FileLocation | BlockLocation):
@@ -199,30 +195,21 @@ class ContractKit(abc.ABC):
 
     def record(self, image_id: str, sample: Sample, **changes: Any) -> BaseRecord:
         """A record that is true of the sample, but for ``changes``."""
-        record = BaseRecord(
-            image_id=image_id,
-            format=sample.format,
-            virtual_size=len(sample.guest),
-            size=len(sample.stored),
-            source_format=sample.format,
-            source_size=len(sample.stored),
-            source_digest=Digest("sha256", hashlib.sha256(sample.stored).hexdigest()),
-            evidence="os_hash",
-            made_by="stored",
-            source="contract",
-            fetched_at=1_700_000_000.25,
-        )
-        return replace(record, **changes)
+        return replace(record_of(image_id, sample, "contract"), **changes)
 
     def stage(self, backend: Backend, image_id: str, sample: Sample) -> BaseWriter:
         """A writer that holds the sample's bytes."""
         writer = backend.stage_base(image_id, sample.format)
+        self.write(writer, sample)
+        return writer
+
+    def write(self, writer: BaseWriter, sample: Sample) -> None:
+        """Write the sample's bytes, holes left out."""
         writer.set_size(len(sample.stored))
         for start in range(0, len(sample.stored), MIB):
             piece = sample.stored[start : start + MIB]
             if piece.strip(b"\0"):
                 writer.write_at(start, piece)
-        return writer
 
     def publish(self, backend: Backend, image_id: str, seed: str = "one", **changes: Any) -> BaseImage:
         """A published base."""
@@ -241,6 +228,17 @@ class ContractKit(abc.ABC):
     ) -> RootDisk:
         """A root disk."""
         return backend.create_root_disk(base, disk_id, name, size)
+
+    def remove_by_two_looks(self, backend: Backend) -> None:
+        """Remove the base of "img" as the core does at its second look: retire, look, then purge or restore."""
+        found = backend.find_base("img")
+        if found is None:
+            raise AssertionError("broken promise: a published base is found")
+        retired = backend.retire_base(found)
+        if list(backend.iter_users(retired.base)):
+            backend.restore_base(retired)
+        else:
+            backend.purge_base(retired)
 
     def check_disk(self, backend: Backend, disk: RootDisk, sample: Sample, words: str) -> None:
         """The disk reads as the sample and then zeros up to its size."""

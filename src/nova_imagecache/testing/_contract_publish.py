@@ -16,6 +16,7 @@ from nova_imagecache.testing._contract_kit import (
     promise,
     same,
 )
+from nova_imagecache.testing._promises import chapter
 
 IMAGE_IDS = (
     LONG_ID,
@@ -35,6 +36,13 @@ IMAGE_IDS = (
 """Ids at the limits of the grammar, and such as differ by little."""
 
 
+@chapter(
+    "publishing",
+    "backends.BaseWriter.publish",
+    "backends.Backend.find_base",
+    "backends.Backend.iter_bases",
+    "backends.Backend.usage",
+)
 class PublishContract(ContractKit):
     """A base becomes visible."""
 

@@ -10,6 +10,7 @@ from nova_imagecache._models import BaseImage, Retired, RootDisk
 from nova_imagecache.backends import Backend
 from nova_imagecache.exceptions import BaseInUseError, BaseNotFoundError
 from nova_imagecache.testing._contract_kit import ContractKit, in_threads, promise, refused, same
+from nova_imagecache.testing._promises import chapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +21,7 @@ CLOCK_SLACK = 120.0
 ROUNDS = 20
 
 
+@chapter("marks", "backends.Backend.touch_base", "backends.Backend.mark_unused", "backends.Backend.mark_inspected")
 class MarksContract(ContractKit):
     """What is remembered about the use of a base."""
 
@@ -72,6 +74,7 @@ class MarksContract(ContractKit):
         return (found.last_used, found.unused_since) if found else (None, None)
 
 
+@chapter("removal", "backends.Backend.retire_base", "backends.Backend.restore_base", "backends.Backend.purge_base")
 class RemovalContract(ContractKit):
     """Retire, restore, purge."""
 
@@ -174,7 +177,7 @@ class RemovalContract(ContractKit):
         for count in range(ROUNDS):
             base = self.publish(backend, "img")
             create = partial(self.create, backend, base, f"vm-{count}")
-            calls: list[Callable[[], RootDisk | None]] = [create, partial(self._remove_by_two_looks, backend)]
+            calls: list[Callable[[], RootDisk | None]] = [create, partial(self.remove_by_two_looks, backend)]
             made, _ = in_threads(calls)
             if isinstance(made, RootDisk):
                 self.check_disk(backend, made, self.sample(backend), "a disk made while its base goes is whole")
@@ -184,13 +187,6 @@ class RemovalContract(ContractKit):
             found = backend.find_base("img")
             if found is not None:
                 backend.purge_base(backend.retire_base(found))
-
-    def _remove_by_two_looks(self, backend: Backend) -> None:
-        retired = backend.retire_base(self._found(backend))
-        if list(backend.iter_users(retired.base)):
-            backend.restore_base(retired)
-        else:
-            backend.purge_base(retired)
 
     def _found(self, backend: Backend) -> BaseImage:
         found = backend.find_base("img")

@@ -15,11 +15,19 @@ from nova_imagecache.testing._contract_kit import (
     promise,
     same,
 )
+from nova_imagecache.testing._promises import CONTRACT_VERSION, chapter
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
+@chapter(
+    "staging",
+    "backends.BackendProperties",
+    "backends.Backend.stage_base",
+    "backends.BaseWriter",
+    "backends.Backend.read_base",
+)
 class StagingContract(ContractKit):
     """A base in the making."""
 
@@ -32,7 +40,7 @@ class StagingContract(ContractKit):
     def test_facts(self, backend: Backend) -> None:
         """The properties hold what the core understands."""
         facts = backend.properties
-        same(backend.api_version, Backend.api_version, "api_version is the library's")
+        same(backend.api_version, CONTRACT_VERSION, "api_version is that of the contract")
         promise(facts.base_formats, "base_formats names at least one format")
         promise(set(facts.base_formats) <= {"raw", "qcow2"}, "base_formats are known to the core: raw, qcow2")
         promise(facts.disk_kind in ("copy", "overlay", "clone"), "disk_kind is copy, overlay or clone")
@@ -138,6 +146,16 @@ class StagingContract(ContractKit):
             file.write(sample.stored)
         base = writer.publish(self.record("img", sample))
         same(self.base_bytes(backend, base), sample.stored, "what was written to the writer's path is the base")
+
+    def test_written_bytes_can_be_read(self, backend: Backend) -> None:
+        """``read_at`` gives what was written, and zeros elsewhere; or always None, where a writer cannot read."""
+        writer, _ = self._writer(backend, 2 * MIB)
+        writer.set_size(2 * MIB)
+        writer.write_at(MIB - 1024, b"x" * 2048)
+        answers = [writer.read_at(MIB, 2048), writer.read_at(MIB - 512, 512)]
+        expected = [b"x" * 1024 + bytes(1024), b"x" * 512]
+        promise(answers in (expected, [None, None]), "read_at gives what was written, or always None")
+        writer.discard()
 
     def test_writers_are_exclusive(self, backend: Backend) -> None:
         """Two writers for one image know nothing of each other."""

@@ -233,7 +233,7 @@ class MemoryWriter(BaseWriter):
                 )
             self.blocks.write(offset, buffer)
 
-    def write_sums(self, sums: bytes) -> None:
+    def write_sums(self, sums: bytes | memoryview) -> None:
         """Keep the checksums of the base's MiBs."""
         with self._storage.lock:
             self._sums = bytes(sums)

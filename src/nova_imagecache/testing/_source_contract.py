@@ -7,14 +7,14 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import pytest
 
 from nova_imagecache._models import Digest, ImageInfo
 from nova_imagecache.exceptions import ImageNotActiveError, ImageNotFoundError
 from nova_imagecache.sources import ImageSource
-from nova_imagecache.testing._contract_kit import promise, refused, same
+from nova_imagecache.testing._promises import CONTRACT_VERSION, chapter, promise, refused, same
 
 GIB = 2**30
 ODD_IDS = ("../up", "a/b", "..", "", ".hidden", "a\0b", "%2e%2e%2fup", "a?b=c", "/etc/passwd")
@@ -43,6 +43,7 @@ class SourceHarness(Protocol):
         """Take the image away from where the source finds it."""
 
 
+@chapter("image-source", "sources.ImageSource", "sources.ImageInfo")
 class SourceContract:
     """The contract of ImageSource as tests: subclass it where pytest looks, and give it a harness.
 
@@ -52,6 +53,8 @@ class SourceContract:
             def make_harness(self, tmp_path):
                 return MyHarness(tmp_path)
     """
+
+    contract_version: ClassVar[int] = CONTRACT_VERSION
 
     def make_harness(self, tmp_path: Path) -> SourceHarness:
         """A harness with a source of its own; called once for each test, with an empty directory."""
