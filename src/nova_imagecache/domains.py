@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import time
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
-from nova_imagecache import _qcow2
 from nova_imagecache._ahead import attended
-from nova_imagecache._chains import KnownBases, record_of, uses
+from nova_imagecache._chains import KnownBases, backing_file, record_of, uses
 from nova_imagecache._models import BlockLocation, DiskUser, RbdLocation
 from nova_imagecache.exceptions import DiskNotFoundError, InvalidRequestError, UsersUnknownError
 
@@ -49,8 +49,9 @@ def disk_element(
     qemu user and never back, and then the cache can no longer link it.
 
     Raises:
-        DiskNotFoundError: an overlay's record is not there, so nobody knows the format of its base.
-        InvalidRequestError: an overlay can be read by its guest's user alone, and ``backing`` is not given.
+        DiskNotFoundError: an overlay is not there, or its record, so that nobody knows the format of its base.
+        InvalidRequestError: an overlay can be read by its guest's user alone, and ``backing`` is not given; or it reads
+            through another file than its link, which the element would leave out.
     """
     element = ET.Element("disk", device="disk")
     driver = {"name": "qemu", "type": disk.format, "cache": cache, "io": io, "discard": discard}
@@ -83,14 +84,16 @@ def _rbd_source(location: RbdLocation) -> ET.Element:
 
 def _backing_store(disk: RootDisk, path: Path, backing: Path | None) -> ET.Element:
     """What the overlay reads through; an empty element ends a chain, where none would make libvirt probe."""
-    file = None if disk.reference == "none" else _backing_file(disk, path, backing)
     store = ET.Element("backingStore")
-    if file is None:
+    if disk.reference == "none":
         return store
     record = record_of(path)
     if record is None:
         todo = "Bring its record along, beside the disk"
         raise DiskNotFoundError("the disk has no record", disk_id=disk.disk_id, name=disk.name, todo=todo)
+    file = _backing_of(disk, path, backing)
+    if file is None:
+        return store
     store.set("type", "file")
     ET.SubElement(store, "format", type=record.base_format)
     source = ET.SubElement(store, "source", file=str(file))
@@ -99,22 +102,38 @@ def _backing_store(disk: RootDisk, path: Path, backing: Path | None) -> ET.Eleme
     return store
 
 
-def _backing_file(disk: RootDisk, path: Path, backing: Path | None) -> Path | None:
+def _backing_of(disk: RootDisk, path: Path, backing: Path | None) -> Path | None:
     """Where the overlay's base is, None: the overlay needs none any more, since libvirt's blockPull took it in."""
-    named = None
+    link = path.with_name(f"{path.name}.base")
     try:
-        with path.open("rb", buffering=0) as header:
-            named = _qcow2.read_backing_name(header)
-    except PermissionError:  # libvirt gives a disk to the guest's user, and not always back
-        _log.info("%s cannot be read: its record says reference %s", path, disk.reference)
-    if named == "":
+        named = backing_file(path)
+    except OSError as err:  # libvirt gives a disk to the guest's user, and not always back
+        _log.info("%s cannot be read (%s): its record says reference %s", path, err.strerror, disk.reference)
+        known = link if disk.reference == "link" else backing
+        if known is None:
+            raise _refused(disk, "the overlay is not readable", "Give backing=, the path of its base") from err
+        return known
+    if named is None:
+        if not os.path.lexists(path):
+            raise DiskNotFoundError(disk_id=disk.disk_id, name=disk.name)
         return None
-    if disk.reference == "link":
-        return path.with_name(f"{path.name}.base")
-    if backing is None and named is None:
-        todo = "Give backing=, the path of the image's base"
-        raise InvalidRequestError("the overlay is not readable", disk_id=disk.disk_id, name=disk.name, todo=todo)
-    return backing or Path(str(named))
+    if disk.reference == "path":
+        return backing or named
+    # by its name alone where the directory has moved since a block job made the name absolute
+    if named.name != link.name and not _same_file(named, link):
+        raise _refused(disk, f"the overlay reads through {named}", "Commit what lies between it and its base")
+    return link
+
+
+def _refused(disk: RootDisk, message: str, todo: str) -> InvalidRequestError:
+    return InvalidRequestError(message, disk_id=disk.disk_id, name=disk.name, stage="element", todo=todo)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # not there, or not to be seen
+        return False
 
 
 # --- the users among the domains -------------------------------------------------------------------------------------
@@ -172,6 +191,16 @@ class LibvirtDomains:
                     certain=certain,
                 )
             told.add(disk.layers[0])
+
+    def chains(self) -> list[tuple[Path, ...]]:
+        """The layers of each disk that libvirt knows whole, the top first: of running domains, and raw ones of others.
+
+        For ``DiskDirectories(..., chains=...)``: a file that a guest has open may be its user's alone.
+
+        Raises:
+            UsersUnknownError: libvirt cannot be asked.
+        """
+        return [disk.layers for disk in self._disks() if not disk.probe]
 
     def _disks(self) -> list[_Disk]:
         """The disks of all domains, those of running ones first. A second try finds a libvirtd that was restarted."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+from string import ascii_lowercase
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -22,9 +26,12 @@ from nova_imagecache import (
 from nova_imagecache._models import Location, Reference
 from nova_imagecache.domains import LibvirtDomains, disk_element
 from services import libvirtd
-from services.libvirtd_guests import Guests
+from services.libvirtd_guests import Guests, domain_xml
 from services.libvirtd_rig import bootable, path_of
 from services.require import require
+
+if TYPE_CHECKING:
+    from conftest import InChild
 
 RBD = RbdLocation(
     pool="vms",
@@ -88,19 +95,65 @@ def test_an_overlay_that_stands_alone(kind: str, tmp_path: Path) -> None:
         assert "<backingStore />" in _text(disk_element(flat))
 
 
-def test_an_overlay_that_nobody_here_may_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_a_block_job_wrote(tmp_path: Path) -> None:
+    """Block jobs write names in JSON or in part: what is spelled out is a file's absolute path."""
+    rig = _rig(tmp_path, "path")
+    disk = rig.cache().create_root_disk("one", "vm")
+    base = rig.root / "bases/one/disk"
+    for name in (
+        f'json:{{"driver": "raw", "file": {{"driver": "file", "filename": "{base}"}}}}',
+        "../../root/bases/one/disk",
+    ):
+        qemu_img("rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", name, str(path_of(disk)))
+        source = disk_element(disk).find("backingStore/source")
+        assert source is not None
+        spelled = Path(source.get("file", ""))
+        assert spelled.is_absolute()
+        assert spelled.samefile(base)
+
+
+def test_a_link_that_the_overlay_names_by_an_old_path(tmp_path: Path) -> None:
+    """A block job made the name absolute, and then the disk's directory moved: the link beside it is the base."""
+    rig = _rig(tmp_path, "link")
+    disk = rig.cache().create_root_disk("one", "vm")
+    qemu_img("rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", str(rig.disks / "vm/disk.base"), str(path_of(disk)))
+    (rig.disks / "vm").rename(rig.disks / "moved")
+    source = disk_element(rig.cache().get_root_disk("moved")).find("backingStore/source")
+    assert source is not None
+    assert source.get("file") == str(rig.disks / "moved/disk.base")
+
+
+def test_an_overlay_with_something_in_between(tmp_path: Path) -> None:
+    """What is spelled out is believed: a layer that the element would leave out is an error that says what to do."""
+    rig = _rig(tmp_path, "link")
+    disk = rig.cache().create_root_disk("one", "vm")
+    between = path_of(disk).with_name("between")
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "raw", "-b", "disk.base", str(between))
+    qemu_img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "between", str(path_of(disk)))
+    with pytest.raises(InvalidRequestError, match=r"reads through .*/between .*Commit"):
+        disk_element(disk)
+    between.unlink()
+    between.hardlink_to(rig.root / "bases/one/disk")
+    assert disk_element(disk).find("backingStore/source") is not None, "another name of the base"
+
+
+def test_an_overlay_that_the_cache_may_not_read(open_path: Path, in_child: InChild) -> None:
     """Libvirt keeps a disk that it could not give back: our record says enough for a link, not for a path."""
+    disks = {}
+    for kind in ("link", "path"):
+        (open_path / kind).mkdir(mode=0o755)
+        disks[kind] = _rig(open_path / kind, kind).cache().create_root_disk("one", "vm")
+        for path in (open_path / kind, open_path / kind / "disks", open_path / kind / "disks/vm"):
+            path.chmod(0o755)
+        path_of(disks[kind]).chmod(0)
 
-    def forbidden(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
+    def spelled(kind: str, backing: Path | None = None) -> str:
+        return str(in_child(lambda: _text(disk_element(disks[kind], backing=backing)), unprivileged=True))
 
-    rigs = {kind: _rig(tmp_path / kind, kind) for kind in ("link", "path")}
-    disks = {kind: rig.cache().create_root_disk("one", "vm") for kind, rig in rigs.items()}
-    monkeypatch.setattr("nova_imagecache._qcow2.read_backing_name", forbidden)
-    assert disk_element(disks["link"]).find("backingStore/source") is not None
+    assert f'<source file="{open_path}/link/disks/vm/disk.base">' in spelled("link")
     with pytest.raises(InvalidRequestError, match="backing="):
-        disk_element(disks["path"])
-    assert disk_element(disks["path"], backing=Path("/base")).find("backingStore/source") is not None
+        spelled("path")
+    assert '<source file="/base">' in spelled("path", Path("/base"))
 
 
 def test_an_overlay_without_its_record(tmp_path: Path) -> None:
@@ -108,6 +161,14 @@ def test_an_overlay_without_its_record(tmp_path: Path) -> None:
     disk = _rig(tmp_path, "link").cache().create_root_disk("one", "vm")
     path_of(disk).with_name("disk.json").unlink()
     with pytest.raises(DiskNotFoundError, match="record"):
+        disk_element(disk)
+
+
+def test_an_overlay_that_is_not_there(tmp_path: Path) -> None:
+    """What was removed is not described as if it stood alone."""
+    disk = _rig(tmp_path, "link").cache().create_root_disk("one", "vm")
+    path_of(disk).unlink()
+    with pytest.raises(DiskNotFoundError):
         disk_element(disk)
 
 
@@ -136,19 +197,98 @@ def test_an_rbd_disk() -> None:
     )
 
 
+# --- what libvirt's schema says
+
+CACHES = ("none", "writeback", "writethrough", "directsync", "unsafe", None)
+IOS = ("native", "threads", "io_uring", None)
+DISCARDS = ("unmap", "ignore", None)
+
+
+def _every_kind(tmp_path: Path) -> dict[str, RootDisk]:
+    """A root disk of every kind; those on files are real."""
+    kinds = ("link", "link-native", "path", "path-native", "file", "file-native")
+    made = {kind: _rig(tmp_path / kind, kind).cache().create_root_disk("one", "vm") for kind in kinds}
+    flat = _rig(tmp_path / "flat", "link").cache()
+    flat.create_root_disk("one", "vm")
+    return {
+        **made,
+        "flattened": flat.flatten_root_disk("vm"),
+        "block": _disk(BlockLocation(path=Path("/dev/vg/vm"))),
+        "rbd": _disk(RBD, reference="clone"),
+        "rbd of ceph.conf": _disk(RbdLocation(pool="vms", name="vm_disk")),
+    }
+
+
+def _judged(elements: list[ET.Element], tmp_path: Path) -> str:
+    """What virt-xml-validate says of a domain with these disks."""
+    missing = [name for name in ("virt-xml-validate", "xmllint") if shutil.which(name) is None]
+    require(f"{' and '.join(missing)} missing; tools/setup.sh test installs libvirt's schemas" if missing else None)
+    path = tmp_path / "domain.xml"
+    path.write_text(domain_xml("g", elements, console=tmp_path / "console"))
+    done = subprocess.run(["virt-xml-validate", path, "domain"], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.services
+def test_every_element_fits_the_schema(tmp_path: Path) -> None:
+    """Every kind of root disk with every word that libvirt has for cache, io and discard."""
+    elements = [
+        disk_element(disk, target=f"vd{letter}{other}", cache=cache, io=io, discard=discard)
+        for letter, disk in zip("abcdefghij", _every_kind(tmp_path).values(), strict=True)
+        for other, (cache, io, discard) in zip(ascii_lowercase, _words(), strict=False)
+    ]
+    assert len(elements) == 10 * 6
+    assert _judged(elements, tmp_path).endswith("domain.xml validates\n")
+
+
+def _words() -> list[tuple[str | None, str | None, str | None]]:
+    """Every word at least once."""
+    longest = max(len(words) for words in (CACHES, IOS, DISCARDS))
+    return [(CACHES[n % len(CACHES)], IOS[n % len(IOS)], DISCARDS[n % len(DISCARDS)]) for n in range(longest)]
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("option", ["cache", "io", "discard"])
+def test_the_schema_refuses_other_words(option: str, tmp_path: Path) -> None:
+    """So that the test above says something."""
+    disk = _disk(FileLocation(path=Path("/d")))
+    element = {
+        "cache": disk_element(disk, cache="fast"),
+        "io": disk_element(disk, io="fast"),
+        "discard": disk_element(disk, discard="fast"),
+    }[option]
+    assert "fails to validate" in _judged([element], tmp_path)
+
+
 @pytest.mark.services
 def test_libvirt_takes_every_element(tmp_path: Path, libvirt_guests: Guests) -> None:
-    """Libvirt's own schema has no objection to any of them."""
-    overlay = _rig(tmp_path, "link-native").cache().create_root_disk("one", "vm")
-    disks = [overlay, _disk(RBD), _disk(BlockLocation(path=Path("/dev/vg/vm"))), _disk(FileLocation(path=Path("/d")))]
+    """And keeps what it says: the types, the chains to their ends, whose owner stays."""
+    disks = _every_kind(tmp_path)
     elements = [
         disk_element(disk, target=f"vd{letter}", io="threads", discard="unmap")
-        for letter, disk in zip("abcd", disks, strict=True)
+        for letter, disk in zip(ascii_lowercase, disks.values(), strict=False)
     ]
     libvirt_guests["g"].define(elements)
-    kept = ET.fromstring(libvirt_guests["g"].domain.XMLDesc())
-    assert [disk.get("type") for disk in kept.iterfind("devices/disk")] == ["file", "network", "block", "file"]
-    assert kept.find("devices/disk/backingStore/source/seclabel[@relabel='no']") is not None
+    kept = ET.fromstring(libvirt_guests["g"].domain.XMLDesc()).findall("devices/disk")
+    assert [disk.get("type") for disk in kept] == ["file"] * 7 + ["block", "network", "network"]
+    for (kind, disk), element in zip(disks.items(), kept, strict=True):
+        driver, source = element.find("driver"), element.find("backingStore/source")
+        assert driver is not None
+        assert driver.attrib == {
+            "name": "qemu",
+            "type": disk.format,
+            "cache": "none",
+            "io": "threads",
+            "discard": "unmap",
+        }, kind
+        assert (source is not None) == (disk.reference in ("link", "path")), kind
+        if source is not None:
+            assert Path(source.get("file", "")).is_absolute()
+            assert element.find("backingStore/source/seclabel[@relabel='no'][@model='dac']") is not None
+            assert element.find("backingStore/backingStore") is not None, "the end of the chain"
+
+
+# --- without libvirt
 
 
 def test_without_libvirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +300,7 @@ def test_without_libvirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(UsersUnknownError, match=r"nova-imagecache\[libvirt\].*libvirt-dev"):
             cache.users("one")
         [item] = cache.plan_cleanup(max_idle=0).items
-        assert (item.verdict, item.reason) == ("keep", "its users are unknown")
+        assert (item.verdict, item.reason[:21]) == ("keep", "its users are unknown")
 
 
 @pytest.mark.services

@@ -8,17 +8,13 @@ from functools import partial
 import pytest
 
 from harness.waiting import until
-from nova_imagecache import BaseCorruptError, CleanupReport, RootDisk, _verify
-from nova_imagecache._guard import GuardedBackend
-from nova_imagecache.backends._reown import reown_base
+from nova_imagecache import BaseCorruptError, CleanupReport, RootDisk
 from nova_imagecache.domains import disk_element
 from services.libvirtd_ground import Ground
 from services.libvirtd_guests import Guests, plain_disk
 from services.libvirtd_rig import BootRig, path_of, says
 
 pytestmark = pytest.mark.services
-
-KINDS = pytest.mark.parametrize(("kind", "apart"), [("link", False), ("path", True)], ids=["links", "paths"])
 
 
 class Words(logging.Handler):
@@ -81,17 +77,14 @@ class Owned:
 
         self.ground.run(work)
 
-    def reown(self) -> None:
-        """What verifying a base with repair does, under its lock."""
+    def repair(self) -> bool:
+        """Whether it was needed."""
 
-        def work() -> None:
-            backend = self.rig.backend()
-            base = backend.find_base("one")
-            assert base is not None
-            judge = GuardedBackend("qcow2", backend)
-            reown_base(backend, base, lambda copy: _verify.damage(judge, copy, lambda: None))
+        def work() -> bool:
+            with self.rig.cache() as cache:
+                return cache.repair_base("one")
 
-        self.ground.run(work)
+        return self.ground.run(work)
 
     def problems(self) -> list[str]:
         """The facts that ``check()`` calls problems."""
@@ -107,36 +100,51 @@ class Owned:
         return self.rig.base(image_id).stat().st_uid
 
 
-@KINDS
-def test_bases_stay_ours(kind: str, apart: bool, owners_ground: Ground, owners_guests: Guests) -> None:
+@pytest.mark.parametrize(
+    ("kind", "apart", "reference"),
+    [
+        ("link", False, "link"),
+        ("link-native", False, "link"),
+        ("path", True, "path"),
+        ("path-native", False, "path"),
+        ("file", False, "none"),
+        ("file-native", False, "none"),
+    ],
+    ids=["link", "link-native", "path-of-another-filesystem", "path-native", "file", "file-native"],
+)
+def test_bases_stay_ours(kind: str, apart: bool, reference: str, owners_ground: Ground, owners_guests: Guests) -> None:
     """Guests one after the other and together, started with our element: the base keeps owner and bytes."""
-    ours = owners_ground.user
+    ours, theirs = owners_ground.user, owners_ground.daemon.qemu
     owned = Owned(owners_ground, kind, apart=apart)
-    elements = {}
-    for name in ("vm-1", "vm-2"):  # one after the other
-        disk, said = owned.create(name)
-        assert disk.reference == kind
-        assert (said == []) == (kind == "link"), said
-        elements[name] = owners_ground.run(partial(disk_element, disk, cache="writeback"))
-        assert owners_guests.boot(name, elements[name]) == says("ONE")
-        assert path_of(disk).stat().st_uid == owners_ground.daemon.qemu, "libvirt gives a disk to its guest"
-        assert owned.owner() == ours
-        owners_guests[name].destroy()
-        assert (owned.owner(), path_of(disk).stat().st_uid) == (ours, ours)
+    first, said = owned.create("vm-1")
+    assert first.reference == reference
+    assert (said == []) == (not apart), said
     digest = owned.rig.digest("one")
-    for name in ("vm-1", "vm-2"):  # together
-        assert owners_guests[name].boot() == says("ONE", again=True)
-    disk, said = owned.create("vm-3")
-    assert disk.reference == kind, "made while two guests run"
-    assert owners_guests.boot("vm-3", disk_element(disk, cache="writeback")) == says("ONE")
+    element = owners_ground.run(partial(disk_element, first, cache="writeback"))
+    assert owners_guests.boot("vm-1", element) == says("ONE")
+    assert path_of(first).stat().st_uid == theirs, "libvirt gives a disk to its guest"
+    assert owned.owner() == ours
+    owners_guests["vm-1"].destroy()
+    assert (owned.owner(), path_of(first).stat().st_uid) == (ours, ours)
+    assert owners_guests["vm-1"].boot() == says("ONE", again=True)
+    second, said = owned.create("vm-2")
+    assert second.reference == reference, "made while a guest runs"
+    element = owners_ground.run(partial(disk_element, second, cache="writeback"))
+    assert owners_guests.boot("vm-2", element) == says("ONE")
     assert (owned.owner(), owned.rig.digest("one"), owned.problems()) == (ours, digest, [])
-    assert {name for name, known_by, certain in owned.users() if known_by == "libvirt"} == {"vm-1", "vm-2", "vm-3"}
+    counted = owned.rig.references  # a copy needs no base
+    by_libvirt = {name for name, known_by, _certain in owned.users() if known_by == "libvirt"}
+    assert by_libvirt == ({"vm-1", "vm-2"} if counted else set())
     assert owned.recover() == ()
-    assert owned.cleanup().removed == ()
+    assert owned.cleanup().removed == (() if counted else ("one",)), "while both run"
+    for name in ("vm-1", "vm-2"):
+        owners_guests[name].destroy()
+        assert path_of(second).stat().st_uid == (theirs if name == "vm-1" else ours)
+    assert owned.cleanup().removed == (), "they may run again"
     owners_guests.forget()
-    assert owned.cleanup().removed == ()
-    owned.remove("vm-1", "vm-2", "vm-3")
-    assert owned.cleanup().removed == ("one",)
+    owned.remove("vm-1", "vm-2")
+    assert owned.cleanup().removed == (("one",) if counted else ())
+    assert owners_ground.run(lambda: list(owned.rig.cache().bases())) == []
 
 
 def test_one_foreign_guest(owners_ground: Ground, owners_guests: Guests) -> None:
@@ -177,7 +185,7 @@ def test_a_base_is_ours_again(owners_ground: Ground, owners_guests: Guests) -> N
     owners_guests.boot("vm-2", disk_element(named))
     assert (named.reference, owned.problems()) == ("path", ["bases of another owner"])
     digest = owned.rig.digest("one")
-    owned.reown()
+    assert owned.repair()
     assert (owned.owner(), owned.rig.digest("one"), owned.problems()) == (owners_ground.user, digest, [])
     fresh, said = owned.create("vm-3")
     assert (fresh.reference, said) == ("link", [])
@@ -198,7 +206,7 @@ def test_a_base_that_a_guest_changed_is_not_taken_back(owners_ground: Ground, ow
     with owned.rig.base("one").open("r+b") as file:
         file.write(b"changed")
     with pytest.raises(BaseCorruptError):
-        owned.reown()
+        owned.repair()
     assert owned.owner() == owners_ground.daemon.qemu
     assert list((owned.rig.root / "staging").iterdir()) == []
 

@@ -7,6 +7,8 @@ and halts. So the console shows what the guest read, and a second boot of the sa
 from __future__ import annotations
 
 import struct
+import sys
+from pathlib import Path
 
 WROTE = "written-by-the-guest"
 """What a guest leaves in sector 2."""
@@ -141,3 +143,7 @@ def _program(banner: str) -> bytes:
     asm.place("wrote", wrote)
     asm.place("banner", _text(banner))
     return asm.finish()
+
+
+if __name__ == "__main__":  # python -m services.guest FILE WORD
+    Path(sys.argv[1]).write_bytes(image(sys.argv[2], f"{sys.argv[2]}, sector 1", 2**20))

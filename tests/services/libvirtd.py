@@ -38,6 +38,12 @@ def missing() -> str | None:
     return None
 
 
+def missing_rbd() -> str | None:
+    """What keeps a guest from running on a disk in Ceph, None: nothing."""
+    found = any(Path("/usr/lib").glob("*/qemu/block-rbd.so"))
+    return None if found else "qemu has no driver for Ceph: tools/setup.sh test installs qemu-block-extra"
+
+
 def bindings() -> Any:
     """The module libvirt, which ships no types; it prints no errors: they are raised as well."""
     libvirt = importlib.import_module("libvirt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import signal
@@ -32,6 +33,34 @@ _DOMAIN = """\
 """
 
 
+def listen(console: Path) -> list[str]:
+    """The lines that a guest has written when it has done what it does."""
+    deadline = time.monotonic() + 30
+    while True:
+        said = console.read_text() if console.exists() else ""
+        if said.endswith(("DONE\n", "ERROR\n")):
+            return said.split("\n")[:-1]
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{console.name} says nothing more than {said!r}")
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def ceph_secret(connection: Any, user: str, key: str) -> Iterator[str]:
+    """The uuid of a secret of libvirt that holds the key of a Ceph user, while the block runs."""
+    name = str(uuid.uuid4())
+    xml = (
+        f"<secret ephemeral='yes' private='yes'><uuid>{name}</uuid>"
+        f"<usage type='ceph'><name>{user} {name}</name></usage></secret>"
+    )
+    defined = connection.secretDefineXML(xml)
+    defined.setValue(base64.b64decode(key))
+    try:
+        yield name
+    finally:
+        defined.undefine()
+
+
 def plain_disk(path: Path, image_format: str = "qcow2", target: str = "vda") -> ET.Element:
     """A ``<disk>`` as drivers write it that leave the rest to libvirt."""
     disk = ET.Element("disk", type="file", device="disk")
@@ -39,6 +68,12 @@ def plain_disk(path: Path, image_format: str = "qcow2", target: str = "vda") -> 
     ET.SubElement(disk, "source", file=str(path))
     ET.SubElement(disk, "target", dev=target, bus="virtio")
     return disk
+
+
+def domain_xml(name: str, disks: Sequence[ET.Element], *, console: Path, domain_uuid: uuid.UUID | None = None) -> str:
+    """A domain of software emulation that boots from the first of these disks and talks into a file."""
+    text = "\n".join(ET.tostring(disk, encoding="unicode") for disk in disks)
+    return _DOMAIN.format(name=name, uuid=domain_uuid or uuid.uuid4(), disks=text, console=console)
 
 
 class Guest:
@@ -53,8 +88,7 @@ class Guest:
 
     def define(self, disks: Sequence[ET.Element]) -> None:
         """Define it, or define it anew, with these disks; libvirt's schema is asked whether they are right."""
-        text = "\n".join(ET.tostring(disk, encoding="unicode") for disk in disks)
-        xml = _DOMAIN.format(name=self.name, uuid=self._uuid, disks=text, console=self.console)
+        xml = domain_xml(self.name, disks, console=self.console, domain_uuid=self._uuid)
         self.domain = self._connection.defineXMLFlags(xml, bindings().VIR_DOMAIN_DEFINE_VALIDATE)
 
     def start(self) -> None:
@@ -65,14 +99,7 @@ class Guest:
     def boot(self) -> list[str]:
         """Start it; the lines of its console when it has done what it does."""
         self.start()
-        deadline = time.monotonic() + 30
-        while True:
-            said = self.console.read_text() if self.console.exists() else ""
-            if said.endswith(("DONE\n", "ERROR\n")):
-                return said.split("\n")[:-1]
-            if time.monotonic() > deadline:
-                raise AssertionError(f"{self.name} says nothing more than {said!r}")
-            time.sleep(0.01)
+        return listen(self.console)
 
     @contextlib.contextmanager
     def hanging(self) -> Iterator[None]:

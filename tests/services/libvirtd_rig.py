@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.images import MIB, Sample, qemu_img
 from harness.rig import KINDS, Rig
-from nova_imagecache import FileLocation, ImageCache, RootDisk
+from nova_imagecache import FileLocation, ImageCache, ImageSource, RootDisk
 from nova_imagecache.domains import LibvirtDomains
 from services import guest
 from services.libvirtd_ground import Ground
@@ -29,6 +31,15 @@ def bootable(banner: str, image_format: str = "raw") -> Sample:
         source.write_bytes(data)
         qemu_img("convert", "-q", "-f", "raw", "-O", "qcow2", str(source), str(target))
         return Sample(guest=data, served=target.read_bytes(), disk_format="qcow2")
+
+
+def shelve(directory: Path, samples: Mapping[str, Sample]) -> None:
+    """Put images into a directory as the source ``directory`` wants them."""
+    directory.mkdir()
+    for image_id, sample in samples.items():
+        (directory / f"{image_id}.img").write_bytes(sample.served)
+        digest = {"os_hash_algo": sample.digest.algorithm, "os_hash_value": sample.digest.value}
+        (directory / f"{image_id}.json").write_text(json.dumps({"disk_format": sample.disk_format, **digest}))
 
 
 def says(banner: str, *, again: bool = False) -> list[str]:
@@ -50,9 +61,9 @@ class BootRig(Rig):
             # as it is out of the box: it links where it can
             self.options = {**KINDS[kind][1], "reference": "auto"}
 
-    def finding(self, **config: Any) -> ImageCache:
+    def finding(self, source: ImageSource | None = None, **config: Any) -> ImageCache:
         """A cache that asks libvirt as well."""
-        return self.cache(user_finders=[LibvirtDomains(self.ground.daemon.uri)], **config)
+        return self.cache(source, user_finders=[LibvirtDomains(self.ground.daemon.uri)], **config)
 
     def base(self, image_id: str) -> Path:
         """The base's file."""

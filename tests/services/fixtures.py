@@ -1,4 +1,4 @@
-"""Real services for the tests of this directory, each started once when first asked for."""
+"""Real services for every kind of test, each started once in a process when first asked for."""
 
 from __future__ import annotations
 
