@@ -1,0 +1,94 @@
+"""What Ceph itself needs, in a process of its own: ``python -m benchmarks.rbd_worker TASK``."""
+
+from __future__ import annotations
+
+import http.client
+import subprocess
+import time
+import urllib.parse
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks import meter
+from benchmarks.worker import open_cache
+from nova_imagecache import RbdLocation
+from services.ceph_bindings import bindings
+
+if TYPE_CHECKING:
+    from benchmarks.meter import Figures
+
+_PIECE = 4 * 2**20
+_POOL, _USER = "vms", "nova"
+
+
+def bare_clone(task: Figures) -> Figures:
+    """The calls of librbd that make a root disk and nothing else, over one connection: clone, open, resize, metadata,
+    and the two that publish. ``clone_and_resize`` are the seconds of the first three alone."""
+    rados, rbd = bindings()
+    with open_cache(task) as cache:
+        location = cache.ensure_base(task["image"]).location
+    assert isinstance(location, RbdLocation)  # noqa: S101 - the backend makes nothing else
+    cluster = rados.Rados(conffile=task["conf"], name=f"client.{_USER}")
+    cluster.connect()
+    short, whole = [], []
+    with cluster.open_ioctx(_POOL) as pool:
+        with rbd.Image(pool, location.name, read_only=True) as image:
+            features = image.features()
+        meter.ready()
+        with meter.Meter() as costs:
+            for number in range(task["n"]):
+                staging, final = f"bare.{uuid.uuid4().hex}", f"bare-{number}_disk"
+                start = time.perf_counter()
+                rbd.RBD().clone(pool, location.name, location.snapshot, pool, staging, features=features)
+                with rbd.Image(pool, staging) as image:
+                    image.resize(task["size"])
+                    short.append(time.perf_counter() - start)
+                    identity = image.id()
+                    image.metadata_set("record", "a record of a few hundred bytes " * 10)
+                    image.metadata_set("name", final)
+                rbd.RBD().trash_move(pool, staging, 0)
+                rbd.RBD().trash_restore(pool, identity, final)
+                whole.append(time.perf_counter() - start)
+    cluster.shutdown()
+    return {**costs.figures, **meter.spread(whole), "clone_and_resize": meter.spread(short)}
+
+
+def tools_import(task: Figures) -> Figures:
+    """Download to a file, ``qemu-img convert`` to raw, ``rbd import``, a snapshot: what a base needs, by hand."""
+    url = urllib.parse.urlsplit(task["url"])
+    fetched, raw = Path(task["directory"], "fetched"), Path(task["directory"], "raw")
+    ceph = ["--conf", task["conf"], "--id", _USER]
+    meter.ready()
+    with meter.Meter() as costs:
+        connection = http.client.HTTPConnection(url.netloc)
+        connection.request("GET", url.path, headers={"X-Auth-Token": task["token"]})
+        answer = connection.getresponse()
+        buffer = memoryview(bytearray(_PIECE))
+        with fetched.open("wb", buffering=0) as file:
+            while count := answer.readinto(buffer):
+                file.write(buffer[:count])
+        connection.close()
+        if task["format"] != "raw":
+            argv = ["qemu-img", "convert", "-f", task["format"], "-O", "raw", str(fetched), str(raw)]
+            subprocess.run(argv, check=True)
+        else:
+            raw = fetched
+        argv = ["rbd", *ceph, "import", "--no-progress", "--dest-pool", _POOL, str(raw), "imported"]
+        subprocess.run(argv, check=True)
+        argv = ["rbd", *ceph, "snap", "create", "--no-progress", f"{_POOL}/imported@base"]
+        subprocess.run(argv, check=True)
+    return costs.figures
+
+
+_WORK = {"bare_clone": bare_clone, "tools_import": tools_import}
+
+
+def main() -> None:
+    """Do what the task says."""
+    task = meter.task()
+    meter.answer(_WORK[task["what"]](task))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Root disks in Ceph: a clone beside the bare calls of librbd, an import beside the tools that operators use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import runner
+from benchmarks.bench import Bench, Sample
+from benchmarks.scale import GIB
+from harness import rbd as in_ceph
+from services.glance import ADMIN
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benchmarks.meter import Figures
+
+_SIZE = 20 * GIB
+_WORKER = "benchmarks.rbd_worker"
+
+
+def _storage(bench: Bench) -> Figures:
+    return {"backend": "rbd", "backend_options": in_ceph.options(bench.ceph)}
+
+
+def rbd_clone(bench: Bench, number: int) -> Iterator[Sample]:
+    """Root disks of a base that is there: clone, resize, publish."""
+    bare: Figures = {"what": "bare_clone", "conf": str(bench.ceph.conf), "size": _SIZE, "n": bench.scale.clones}
+    turns = ["ours", "librbd"]
+    for who in reversed(turns) if number % 2 else turns:
+        in_ceph.empty(bench.ceph)
+        with runner.fresh(bench.dir) as root:
+            config = bench.config(root, source="directory", **_storage(bench))
+            task: Figures = {"config": config, "image": bench.image("small").image_id}
+            if who == "ours":
+                figures = bench.ours("warm", root, **task, size=_SIZE, n=bench.scale.clones)
+            else:
+                figures = runner.measure(_WORKER, {**bare, **task}, root)
+            yield Sample(case="clone", who=who, figures=figures)
+    in_ceph.empty(bench.ceph)
+
+
+def rbd_import(bench: Bench, number: int) -> Iterator[Sample]:
+    """An image that is not in the cluster becomes a base in it; beside download, qemu-img convert and rbd import."""
+    for name in ("qcow2", "qcow2-zlib", "small"):
+        turns = ["ours", "tools"]
+        for who in reversed(turns) if number % 2 else turns:
+            in_ceph.empty(bench.ceph)
+            with runner.fresh(bench.dir) as root:
+                yield Sample(case=name, who=who, figures=_import(bench, who, name, root))
+    in_ceph.empty(bench.ceph)
+
+
+def _import(bench: Bench, who: str, name: str, root: Any) -> Figures:
+    image = bench.served(name)
+    if who == "ours":
+        config = bench.config(root, **_storage(bench))
+        warm_up = bench.served("tiny").image_id
+        return bench.ours("cold", root, config=config, image=image.image_id, warm_up=warm_up)
+    task = {
+        "what": "tools_import",
+        "conf": str(bench.ceph.conf),
+        "directory": str(root),
+        "url": f"{bench.glance.url}/v2/images/{image.image_id}/file",
+        "token": ADMIN,
+        "format": image.disk_format,
+    }
+    return runner.measure(_WORKER, task, root)

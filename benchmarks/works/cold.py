@@ -1,0 +1,58 @@
+"""Cold: from an image in Glance to the first root disk, beside both peers and the four physical terms."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from benchmarks import runner
+from benchmarks.bench import Bench, Sample
+from benchmarks.scale import GIB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from benchmarks.images import Image
+    from benchmarks.meter import Figures
+
+TERMS = ("download", "hash", "decode", "write")
+_SIZE = 20 * GIB
+_SPARSE_ROUNDS = 3
+"""Rounds of the largest image, whose peers write gigabytes of zeros."""
+
+
+def cold(bench: Bench, number: int) -> Iterator[Sample]:
+    """Every image by everybody; every second round in the opposite order."""
+    for name in bench.cold:
+        if name == "sparse" and number >= _SPARSE_ROUNDS:
+            continue
+        image = bench.served(name)
+        turns = [("ours", _ours), *((peer, _PEERS[peer]) for peer in bench.peers)]
+        for who, work in reversed(turns) if number % 2 else turns:
+            with runner.fresh(bench.dir) as root:
+                yield Sample(case=name, who=who, figures=work(bench, image, root))
+        for term in TERMS:
+            if term == "decode" and image.disk_format == "raw":
+                continue
+            with runner.fresh(bench.dir) as root:
+                yield Sample(case=name, who=term, figures=bench.term(term, root, image))
+
+
+def _ours(bench: Bench, image: Image, root: Path) -> Figures:
+    warm_up = bench.served("tiny").image_id
+    config = bench.config(root)
+    return bench.ours("cold", root, config=config, image=image.image_id, warm_up=warm_up, size=_SIZE)
+
+
+def _nova(bench: Bench, image: Image, root: Path) -> Figures:
+    warm_up = bench.served("tiny").image_id
+    return bench.peer("nova", "cold", root, image=image.image_id, warm_up=warm_up, size=_SIZE)
+
+
+def _ironic(bench: Bench, image: Image, root: Path) -> Figures:
+    warm_up = asdict(bench.served("tiny"))
+    return bench.peer("ironic", "cold", root, image=asdict(image), warm_up=warm_up)
+
+
+_PEERS: dict[str, Callable[[Bench, Image, Path], Figures]] = {"nova": _nova, "ironic": _ironic}
