@@ -10,11 +10,11 @@ ARGS ?=
 export PYTHON
 
 PY := .venv/bin/python
-TYPED := src tests examples benchmarks
+TYPED := src tests examples benchmarks docs
 # contracts, crashes, concurrency and the command line take minutes: not in the inner loop
 QUICK := tests/unit tests/property -m "not services and not slow"
 
-.PHONY: help demo test check lint types layers coverage format clean
+.PHONY: help demo test check lint types layers coverage oldest docs dist downstream format clean bench
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -38,11 +38,15 @@ lint: .venv ## ruff: lint and format
 	$(PY) -m ruff check --quiet .
 	$(PY) -m ruff format --check --quiet .
 
-types: .venv ## mypy, strict, on the library, its tests and examples
+types: .venv ## mypy, strict, on the library, its tests, examples, benchmarks and docs
 	$(PY) -m mypy $(TYPED)
 
 layers: .venv ## import-linter: who may import whom (.importlinter)
 	.venv/bin/lint-imports --no-logo
+
+bench: ## the benchmarks beside Nova and Ironic, up to an hour: ARGS="--quick", "--only cold", "--publish" (docs)
+	@tools/setup.sh bench
+	@PYTHONPATH=tests $(PY) -m benchmarks $(ARGS)
 
 coverage: ## line and branch coverage of the whole suite
 	@tools/setup.sh test
@@ -50,6 +54,23 @@ coverage: ## line and branch coverage of the whole suite
 	$(PY) -m coverage run -m pytest -q $(ARGS)
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report --skip-covered --show-missing
+
+oldest: ## the quick tests with the oldest dependencies that pyproject.toml allows
+	@tools/oldest.sh -n $(WORKERS) $(QUICK) $(ARGS)
+
+docs: ## the documentation in docs/_build/html; warnings are errors (installs what is missing)
+	@tools/setup.sh docs
+	@$(PY) -m sphinx -n -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
+dist: ## sdist and wheel in dist/, after both were installed into empty environments and used there
+	@tools/setup.sh check
+	$(PY) -m pytest -q tests/packaging/test_distribution.py $(ARGS)
+	@PYTHONPATH=tests $(PY) -m harness.built dist
+
+downstream: ## the suites of the examples, as their authors run them, against this folder: ARGS="NAME", ARGS="PATH"
+	@tools/setup.sh test
+	@tools/downstream.sh $(ARGS)
 
 format: .venv ## let ruff mend what it can
 	$(PY) -m ruff check --quiet --fix . || true
@@ -59,6 +80,6 @@ format: .venv ## let ruff mend what it can
 	@tools/setup.sh check
 
 clean: ## remove what these commands made: environments, caches, reports
-	rm -rf .venv .venv-glance .work build dist .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-glance .venv-nova .venv-ironic .work build dist docs/_build .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	rm -rf src/*.egg-info .coverage .coverage.*
-	find src tests examples -type d -name __pycache__ -prune -exec rm -rf {} +
+	find src tests examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +

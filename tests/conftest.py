@@ -15,11 +15,20 @@ from typing import Any, Protocol
 import pytest
 from hypothesis import HealthCheck, settings
 
+from harness import said
 from services.require import require
 
 # the time that an example takes says nothing on a machine that runs other tests beside it
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
+
+pytest_plugins = ["services.fixtures"]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What tests say of themselves, below what pytest says of them."""
+    said.tell(terminalreporter)
+
 
 MIB = 1 << 20
 

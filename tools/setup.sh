@@ -4,18 +4,19 @@
 #   tools/setup.sh check|docs      the library and the development tools in .venv
 #   tools/setup.sh demo|test       the same, and a real Glance in .venv-glance; test: Ceph and libvirt with their Python
 #                                  modules too
+#   tools/setup.sh bench           as test without libvirt, and the peers Nova and Ironic in .venv-nova and .venv-ironic
 #
 # PYTHON chooses the interpreter (default: python3, 3.11 or newer). The machine's own configuration of pip and apt
 # decides where packages come from. System packages are installed by root only; everybody else is told which to install.
 set -euo pipefail
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; }
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 purpose=${1:-}
 case $purpose in
-    check | docs | demo | test) ;;
+    check | docs | demo | test | bench) ;;
     -h | --help) usage; exit 0 ;;
     *) usage >&2; exit 2 ;;
 esac
@@ -25,6 +26,8 @@ cd "$here"
 PATH=$PATH:/usr/sbin:/sbin
 python=${PYTHON:-python3}
 glance_requirements=tests/services/glance-requirements.txt
+with_ceph=no
+case $purpose in test | bench) with_ceph=yes ;; esac
 
 # Two runs at once, one after the other: neither sees a half-made environment.
 mkdir -p .work/log
@@ -68,11 +71,11 @@ if [ "$has_pip" = no ]; then
     esac
 fi
 [ "$purpose" = docs ] || needs qemu-img qemu-utils
-# Reflinks are tried on a filesystem of their own; mounting one takes root.
-if [ "$purpose" = test ] && [ "$(id -u)" = 0 ]; then needs mkfs.xfs xfsprogs; fi
+# Reflinks and snapshots are tried on filesystems of their own; mounting one takes root.
+if [ "$purpose" = test ] && [ "$(id -u)" = 0 ]; then needs mkfs.xfs xfsprogs; needs mkfs.btrfs btrfs-progs; fi
 # A Ceph cluster of one node, and its Python modules, which PyPI does not have. Others than root may have neither.
 debian_modules=/usr/lib/python3/dist-packages
-if [ "$purpose" = test ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+if [ $with_ceph = yes ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     for program in ceph-mon ceph-osd ceph-mgr; do needs "$program" "$program"; done
     needs rbd ceph-common
     for module in rados rbd; do
@@ -87,6 +90,9 @@ if [ "$purpose" = test ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null;
     compgen -G '/usr/lib/*/libvirt/connection-driver/libvirt_driver_qemu.so' >/dev/null ||
         packages+=(libvirt-daemon-driver-qemu)
     needs qemu-system-x86_64 qemu-system-x86
+    # disks are held against libvirt's schemas
+    needs virt-xml-validate libvirt-clients
+    needs xmllint libxml2-utils
     # qemu's driver for disks in Ceph
     compgen -G '/usr/lib/*/qemu/block-rbd.so' >/dev/null || packages+=(qemu-block-extra)
     if [ ! -e "$libvirt_module" ]; then
@@ -147,11 +153,19 @@ start() {
 
 current .venv "$key" || start .venv 'the library and the development tools' "$key" -e . --group dev
 case $purpose in
-    demo | test)
+    demo | test | bench)
         current .venv-glance "$glance_key" ||
             start .venv-glance 'Glance (about half a minute)' "$glance_key" -r "$glance_requirements"
         ;;
 esac
+if [ "$purpose" = bench ]; then
+    for peer in nova ironic; do
+        requirements=benchmarks/peers/$peer.txt
+        read -r peer_key _ < <(sha256sum "$requirements")
+        current ".venv-$peer" "$peer_key" ||
+            start ".venv-$peer" "$peer, to measure beside (about a minute)" "$peer_key" -r "$requirements"
+    done
+fi
 
 failed=0
 for i in "${!jobs[@]}"; do
@@ -167,7 +181,7 @@ done
 
 # --- Ceph's Python modules: Debian's files, for the Python that they were made for ---------------------------------
 
-if [ "$purpose" = test ]; then
+if [ $with_ceph = yes ]; then
     for program in ceph-mon ceph-osd ceph-mgr; do
         command -v "$program" >/dev/null || say "tests with Ceph cannot run: no $program; ask root for $program (Debian)"
     done

@@ -12,6 +12,8 @@ The names in ``__all__`` are the public API; everything else may change. ``nova_
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from nova_imagecache._cache import ImageCache
 from nova_imagecache._config import CacheConfig
 from nova_imagecache._models import (
@@ -143,10 +145,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> str:
-    # importlib.metadata costs milliseconds and few callers ask
-    if name == "__version__":
-        from importlib.metadata import version
+if TYPE_CHECKING:
+    __version__: str
+else:  # a type checker that saw this would take every name for one of ours
 
-        return version("nova-imagecache")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> str:
+        # importlib.metadata costs milliseconds and few callers ask
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("nova-imagecache")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -65,7 +65,7 @@ class CacheConfig:
         source: entry-point name of the image source.
         source_options: handed to the source, which checks them.
         max_idle: how long a base that nobody uses stays.
-        remove_unused: False: cleanup only observes.
+        remove_unused: False: no base goes by itself: cleanup only observes, and nothing is evicted to make room.
         lock_timeout: how long to wait for somebody who makes no progress.
         max_virtual_size: the largest virtual size of an image, bytes; None: no limit.
         max_bytes: what all bases together may take, bytes; None: no limit.

@@ -99,7 +99,11 @@ class GuardedWriter(_Guard, BaseWriter):
         with self._call("write_at", self._image_id):
             self._inner.write_at(offset, buffer)
 
-    def write_sums(self, sums: bytes) -> None:
+    def read_at(self, offset: int, length: int) -> bytes | None:
+        with self._call("read_at", self._image_id):
+            return self._inner.read_at(offset, length)
+
+    def write_sums(self, sums: bytes | memoryview) -> None:
         with self._call("write_sums", self._image_id):
             self._inner.write_sums(sums)
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, cast
+import re
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nova_imagecache import _guard
 from nova_imagecache.backends import Backend, BackendPaths, BackendProperties
-from nova_imagecache.exceptions import BackendError, BackendNotFoundError, SourceError
+from nova_imagecache.exceptions import BackendError, BackendNotFoundError, ConfigError, SourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from nova_imagecache.sources import ImageSource, LoadableSource
 
 BACKENDS = "nova_imagecache.backends"
 SOURCES = "nova_imagecache.sources"
 
+_OPTION = re.compile(r"\w+: ")
+"""How a problem begins that names its option."""
+
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
@@ -95,3 +100,18 @@ def load_source(name: str, options: Mapping[str, Any]) -> ImageSource:
     with _guard.translated(lambda text: SourceError(f"source {name!r} cannot be loaded: {text}", stage="loading")):
         cls = cast("type[LoadableSource]", _load(SOURCES, name))
         return cls.from_options(options)
+
+
+def unless_refused(table: str, load: Callable[[], _T], problems: list[str]) -> _T | None:
+    """What ``load`` gives; None if the plug-in refused its options: ``problems`` has got the reasons then.
+
+    Each names its option as it stands in the configuration: a plug-in may be constructed without one, and need not know
+    that its options come from ``table``.
+    """
+    try:
+        return load()
+    except ConfigError as err:
+        for problem in err.problems:
+            separator = "." if _OPTION.match(problem) else ": "
+            problems.append(problem if problem.startswith(table) else f"{table}{separator}{problem}")
+        return None

@@ -374,7 +374,11 @@ def _command(pid: int) -> list[str]:
 
 def test_kill_while_qemu_img_converts(tmp_path: Path) -> None:
     """A process that dies while qemu-img works for it takes qemu-img along, and what was written is swept."""
-    sample = images.Sample(guest=b"a" * (256 * MIB), served=images.bomb(256 * MIB), disk_format="qcow2")
+    guest = b"a" * (256 * MIB)
+    source, packed = tmp_path / "raw", tmp_path / "packed"
+    source.write_bytes(guest)
+    images.qemu_img("convert", "-O", "vmdk", "-o", "subformat=streamOptimized", "-f", "raw", str(source), str(packed))
+    sample = images.Sample(guest=guest, served=packed.read_bytes(), disk_format="vmdk")
     rig = Rig(tmp_path, "link", {"img": sample})
     with child(lambda: rig.cache().ensure_base("img") and None) as process:
 

@@ -1,6 +1,6 @@
 """A process of its own that fetches one image: ``python -m harness.fetcher ROOT ENDPOINT IMAGE``.
 
-It answers with JSON: its memory in KiB before the fetch and at the highest point, and what came.
+It answers with JSON: its memory in KiB before anything was done and at the highest point, and what came.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ def _memory(figure: str) -> int:
 
 
 def main() -> None:
+    start = _memory("VmRSS")
     root, endpoint, image_id = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     paths = BackendPaths(root=root, disks_dir=root / "disks")
     # no digest is announced of what is generated; it is hashed all the same
     config = CacheConfig(root=root, allow_unverified=True)
     source = GlanceSource(endpoint=endpoint, token="any")
     with ImageCache(config, source=source, backend=Qcow2Backend({}, paths)) as cache:
-        # the clients and their connection are there before the fetch
-        cache.ensure_base("small")
-        # the kernel forgets the highest point so far
-        Path("/proc/self/clear_refs").write_text("5")
-        start = _memory("VmRSS")
         base = cache.ensure_base(image_id)
-        answer = {"start": start, "peak": _memory("VmHWM"), "size": base.record.size, "usage": cache.usage().bases}
+        answer = {
+            "start": start,
+            "peak": _memory("VmHWM"),
+            "size": base.record.size,
+            "made_by": base.record.made_by,
+            "usage": cache.usage().bases,
+        }
     sys.stdout.write(json.dumps(answer))
 
 

@@ -56,15 +56,22 @@ def raw(seed: str, size: int = 2 * MIB) -> Sample:
 @functools.cache
 def qcow2(seed: str, size: int = 2 * MIB, cluster_size: int = _CLUSTER) -> Sample:
     """The same guest bytes in a qcow2 image, made by qemu-img."""
+    return _converted(seed, size, "qcow2", "-o", f"cluster_size={cluster_size}")
+
+
+@functools.cache
+def vdi(seed: str, size: int = 2 * MIB) -> Sample:
+    """The same guest bytes in an image that the cache has converted by qemu-img."""
+    return _converted(seed, size, "vdi")
+
+
+def _converted(seed: str, size: int, disk_format: str, *options: str) -> Sample:
     guest = guest_bytes(seed, size)
     with tempfile.TemporaryDirectory() as directory:
-        source, target = Path(directory, "raw"), Path(directory, "qcow2")
+        source, target = Path(directory, "raw"), Path(directory, "image")
         source.write_bytes(guest)
-        qemu_img(
-            *("convert", "-q", "-f", "raw", "-O", "qcow2", "-o", f"cluster_size={cluster_size}"),
-            *(str(source), str(target)),
-        )
-        return Sample(guest=guest, served=target.read_bytes(), disk_format="qcow2")
+        qemu_img("convert", "-q", "-f", "raw", "-O", disk_format, *options, str(source), str(target))
+        return Sample(guest=guest, served=target.read_bytes(), disk_format=disk_format)
 
 
 @functools.cache

@@ -88,8 +88,12 @@ def names(cache: ImageCache) -> set[str]:
 
 def allocated(*trees: Path) -> int:
     """What ``du`` says of the trees: bytes of blocks, each inode once; what vanishes meanwhile takes nothing."""
-    total = 0
-    seen: set[tuple[int, int]] = set()
+    return sum(inodes(*trees).values())
+
+
+def inodes(*trees: Path) -> dict[tuple[int, int], int]:
+    """The bytes of blocks of every inode below the trees."""
+    seen: dict[tuple[int, int], int] = {}
     stack = list(trees)
     while stack:
         path = stack.pop()
@@ -98,11 +102,9 @@ def allocated(*trees: Path) -> int:
             inside = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
         except (FileNotFoundError, NotADirectoryError):
             continue
-        if (found.st_dev, found.st_ino) not in seen:
-            seen.add((found.st_dev, found.st_ino))
-            total += found.st_blocks * 512
+        seen[found.st_dev, found.st_ino] = found.st_blocks * 512
         stack += inside
-    return total
+    return seen
 
 
 def counted(rig: Rig) -> int:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import multiprocessing
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from conftest import InChild
 from harness import images
 from harness.images import MIB, Sample
 from harness.rig import KINDS, Rig, check_disk_file
@@ -29,6 +34,7 @@ from nova_imagecache.testing import FaultPlan, Step
 from services import glance as glance_service
 from services.glance import ADMIN, GlanceServer
 from services.require import require
+from unit.images import kernel as kernel_for_x86
 
 pytestmark = pytest.mark.services
 
@@ -38,12 +44,18 @@ SIZE = 64 * MIB
 LOCKS_AND_NAMES = ("fs.create", "fs.link", "fs.rename", "fs.mkdir", "fs.write", "exec.run")
 """What a hit has no business with."""
 
+LOUD = {
+    *("fcntl.flock", "fcntl.lockf", "subprocess.Popen", "os.fork", "os.posix_spawn"),
+    *("socket.connect", "socket.getaddrinfo"),
+}
+"""The same, as the interpreter's audit events."""
+
 
 @pytest.fixture(scope="module")
 def samples(glance: GlanceServer) -> dict[str, Sample]:
     """A qcow2, a raw image and a kernel in Glance, by their ids."""
     qcow2, raw = images.qcow2("the main job", 8 * MIB), images.raw("the main job, raw", 3 * MIB)
-    kernel = Sample(guest=b"", served=b"a kernel is any bytes\n" * 5000, disk_format="aki")
+    kernel = Sample(guest=b"", served=kernel_for_x86(), disk_format="aki")
     return {
         glance.upload(qcow2.served, disk_format="qcow2"): qcow2,
         glance.upload(raw.served): raw,
@@ -120,7 +132,7 @@ def test_cold_and_warm(any_rig: GlanceRig, glance: GlanceServer, qcow2_id: str, 
 
 
 def test_a_hit_is_quiet(any_rig: GlanceRig, qcow2_id: str) -> None:
-    """ensure_base of a base that is there: no child process, nothing made, named or moved, nothing locked."""
+    """ensure_base of a base that is there: no child process, nothing made, named or moved, no lock file touched."""
     any_rig.open().ensure_base(qcow2_id)
     cache = any_rig.open()
     before = _lock_marks(any_rig)
@@ -136,14 +148,67 @@ def _lock_marks(rig: Rig) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in (rig.root / "locks").iterdir()}
 
 
-def test_a_hit_while_a_lock_is_held(rig: GlanceRig, qcow2_id: str) -> None:
-    """A hit does not wait for whoever holds the base's lock."""
+def _audited(act: Callable[[], object]) -> set[str]:
+    """What the interpreter tells of while ``act`` runs, of ``LOUD``; for a process that ends then: a hook stays."""
+    told: set[str] = set()
+    sys.addaudithook(lambda event, _arguments: told.add(event) if event in LOUD else None)
+    act()
+    return told
+
+
+def test_a_hit_locks_starts_and_asks_nothing(any_rig: GlanceRig, qcow2_id: str, raw_id: str, in_child: InChild) -> None:
+    """No flock, no child process, no socket: seen by the interpreter's own audit, which sees them all on a miss."""
+    any_rig.open().ensure_base(qcow2_id)
+
+    def hits() -> set[str]:
+        cache = any_rig.open()
+        return _audited(lambda: [cache.ensure_base(qcow2_id), cache.ensure_base(qcow2_id), list(cache.bases())])
+
+    def miss() -> set[str]:
+        return _audited(lambda: any_rig.open().ensure_base(raw_id))
+
+    assert in_child(hits) == set()
+    assert in_child(miss) >= {"fcntl.flock", "socket.connect"}
+
+
+def test_a_hit_while_others_hold_every_lock(any_rig: GlanceRig, qcow2_id: str) -> None:
+    """A hit waits for nobody: another process holds each lock file and each directory that could be held."""
+    cache = any_rig.open()
+    cache.ensure_base(qcow2_id)
+    for shard in range(256):
+        (any_rig.root / "locks" / f"disk.{shard:02x}.lock").touch()
+    for name in (f"base.{qcow2_id}.lock", "admission.lock"):
+        (any_rig.root / "locks" / name).touch()
+
+    def hold_all() -> None:
+        places = [any_rig.root, *any_rig.root.rglob("*")]
+        fds = [os.open(place, os.O_RDONLY) for place in places]
+        for fd in fds:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.set()
+        done.wait(60)
+
+    fork = multiprocessing.get_context("fork")
+    held, done = fork.Event(), fork.Event()
+    process = fork.Process(target=hold_all)
+    process.start()
+    try:
+        assert held.wait(20)
+        for each in (cache, any_rig.open()):
+            assert each.ensure_base(qcow2_id, deadline=5).image_id == qcow2_id
+    finally:
+        done.set()
+        process.join(20)
+    assert process.exitcode == 0
+
+
+def test_a_disk_while_the_bases_lock_is_held(rig: GlanceRig, qcow2_id: str) -> None:
+    """A warm disk does not wait for whoever holds the base's lock."""
     cache = rig.open()
     cache.ensure_base(qcow2_id)
     lock = cache._engine.locks.base(qcow2_id)
     assert lock.attempt()
     try:
-        cache.ensure_base(qcow2_id, deadline=5)
         cache.create_root_disk(qcow2_id, "vm", size=SIZE, deadline=5)
     finally:
         lock.release()

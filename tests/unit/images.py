@@ -117,6 +117,17 @@ def iso() -> bytes:
     return with_descriptor(bytes(32 * KIB) + guest_data()[32 * KIB :])
 
 
+def kernel() -> bytes:
+    """An x86 Linux kernel's first sectors (the kernel's Documentation/arch/x86/boot.rst), and noise for the rest.
+
+    Its boot_flag is the signature of a partition table, and what lies before it is code and the setup header.
+    """
+    data = bytearray(guest_data())
+    data[:512] = b"MZ".ljust(0x1B8, b"\0") + b"\xff" * 0x39 + b"\x27\x01\x00\x20\x82\x0d\0\0\0\xff\xff\0\0\x55\xaa"
+    data[0x200:0x208] = b"\xeb\x6aHdrS\x0f\x02"
+    return bytes(data)
+
+
 MAKERS: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "raw": ("raw", lambda _: guest_data()),
     "raw with MBR": ("raw", lambda _: with_table(guest_data(), 0x83)),
@@ -135,6 +146,7 @@ MAKERS: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "iso hybrid": ("iso", lambda _: with_table(iso(), 0x17, 64)),
     "ami": ("ami", lambda _: guest_data()),
     "aki": ("aki", lambda _: b"\x1f\x8b\x08" + guest_data()[3:]),
+    "aki for x86": ("aki", lambda _: kernel()),
     "ari": ("ari", lambda _: guest_data()),
 }
 """By name: the format it is declared as, and what makes it in a directory for scratch files."""

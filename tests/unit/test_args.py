@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nova_imagecache import _args
+from nova_imagecache import CacheConfig, ImageCache, _args
 from nova_imagecache.exceptions import InvalidRequestError
+from nova_imagecache.testing import FakeImage, FakeSource, MemoryBackend
 
 BAD_IDS: list[Any] = [
     "",
@@ -147,3 +150,82 @@ def test_values_that_are_no_points_in_time_are_refused(value: Any) -> None:
     """A time without its zone means another moment on another host; NaN would never end and never hold."""
     with pytest.raises(InvalidRequestError):
         _args.moment(value)
+
+
+# --- the same through every public method -----------------------------------------------------------------------------
+
+BAD_NAMES: list[Any] = ["", "../x", "a/b", "a\0", "Disk", "x" * 1024, "ä", "disk.base", "disk.json", None]
+BAD_SIZES: list[Any] = [0, -512, True, "20G", 1.5, 1 << 63]
+BAD_TIMES: list[Any] = ["soon", True, math.nan]
+BAD_DURATIONS: list[Any] = [-1, math.nan, "24h", True]
+BAD: dict[str, list[Any]] = {
+    "image_id": BAD_IDS,
+    "disk_id": BAD_IDS,
+    "owner": BAD_IDS,
+    "name": BAD_NAMES,
+    # where None is allowed it says: as large as the image, as configured, for ever
+    "size": BAD_SIZES,
+    "until": BAD_TIMES,
+    "max_idle": BAD_DURATIONS,
+    "in_use": [[bad] for bad in BAD_IDS],
+    "path": ["kernel", "../kernel", "", "/nowhere/kernel"],
+}
+"""What may not be handed in, by the parameter's name."""
+
+OTHERWISE = {"image_ids", "deadline", "source", "expect", "cancel", "progress", "plan", "static_mb"}
+"""Parameters with tests of their own, here or elsewhere: values that never become a part of a path."""
+
+GOOD: dict[str, Any] = {
+    "image_id": "img",
+    "image_ids": ["img"],
+    "disk_id": "vm",
+    "name": "disk",
+    "owner": "someone",
+    "size": 512,
+    "path": "/tmp/kernel",
+    "static_mb": 0,
+}
+
+
+def _methods() -> Iterator[tuple[str, inspect.Signature]]:
+    for name, method in inspect.getmembers(ImageCache, inspect.isfunction):
+        if not name.startswith("_"):
+            yield name, inspect.signature(method)
+
+
+CALLS = [(name, parameter) for name, signature in _methods() for parameter in signature.parameters if parameter in BAD]
+
+
+def test_every_parameter_is_tried_or_excused() -> None:
+    """A new method, or a new word of an old one, cannot be forgotten here."""
+    known = {"self", *BAD, *OTHERWISE}
+    assert {word for _, signature in _methods() for word in signature.parameters} == known
+    assert {name for name, _ in CALLS} >= {"ensure_base", "create_root_disk", "pin", "remove_base", "copy_base"}
+
+
+@pytest.mark.parametrize(("method", "parameter"), CALLS, ids=[f"{name}-{parameter}" for name, parameter in CALLS])
+def test_every_public_method_judges_what_it_is_given(method: str, parameter: str, tmp_path: Path) -> None:
+    """Whatever is wrong with an id, a name, a size or a time: an InvalidRequestError, before anything is asked."""
+    source = FakeSource({"img": FakeImage(data=bytes(512))})
+    backend = MemoryBackend({}, None)
+    cache = ImageCache(CacheConfig(root=tmp_path / "root", backend="memory"), source=source, backend=backend)
+    needed = dict(inspect.signature(getattr(ImageCache, method)).parameters)
+    arguments = {name: GOOD[name] for name, word in needed.items() if name != "self" and word.default is word.empty}
+    for bad in BAD[parameter]:
+        with pytest.raises(InvalidRequestError):
+            # what gives an iterator judges when that begins
+            iter(getattr(cache, method)(**{**arguments, parameter: bad}) or ())
+    assert source.gets == 0, "it was asked for an image"
+    assert list(backend.iter_bases()) == []
+    assert [path.name for path in tmp_path.rglob("*") if path.parent.name == "locks" or "kernel" in path.name] == []
+
+
+@pytest.mark.parametrize("value", BAD_IDS, ids=lambda value: repr(value)[:20])
+def test_one_bad_id_of_many_is_that_ones_error(value: Any, tmp_path: Path) -> None:
+    """ensure_bases says of each id what became of it."""
+    source = FakeSource({"img": FakeImage(data=bytes(512))})
+    cache = ImageCache(CacheConfig(root=tmp_path), source=source, backend=MemoryBackend({}, None))
+    bad, good = cache.ensure_bases([value, "img"])
+    assert isinstance(bad.error, InvalidRequestError)
+    assert bad.base is None
+    assert good.error is None

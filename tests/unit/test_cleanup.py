@@ -51,6 +51,7 @@ def test_doubt_about_users_keeps_a_base() -> None:
         item = look(replace(IDLE, users=None), max_idle=max_idle)
         assert (item.verdict, item.users) == ("keep", None)
         assert "unknown" in item.reason
+    assert look(replace(IDLE, users=None, doubt="libvirt is away")).reason == "its users are unknown: libvirt is away"
 
 
 @pytest.mark.parametrize("max_idle", [0.0, DAY])
@@ -71,9 +72,15 @@ def test_the_callers_word_keeps_a_base(max_idle: float) -> None:
 @pytest.mark.parametrize("max_idle", [0.0, DAY])
 def test_a_pin_keeps_a_base(max_idle: float) -> None:
     """And the verdict says whose it is."""
-    item = look(replace(IDLE, pins=("nova", "me")), max_idle=max_idle)
+    item = look(replace(IDLE, pins=("nova", "me"), unused_since=None), max_idle=max_idle)
     assert item.verdict == "keep"
     assert "nova, me" in item.reason
+
+
+@pytest.mark.parametrize("max_idle", [0.0, DAY])
+def test_a_pin_takes_the_mark_away(max_idle: float) -> None:
+    """The idle time begins when the last pin is over, as it does with users."""
+    assert look(replace(IDLE, pins=("nova",)), max_idle=max_idle).verdict == "unmark"
 
 
 def test_the_first_pass_only_marks() -> None:

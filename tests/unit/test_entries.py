@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nova_imagecache import _entries, _fs
+from nova_imagecache.exceptions import CancelledError, LockTimeoutError
 from nova_imagecache.testing import FaultPlan
 
 FORK = multiprocessing.get_context("fork")
@@ -113,6 +114,69 @@ def test_a_hold_waits_for_the_one_before(tmp_path: Path) -> None:
     assert got == []
     first.release()
     thread.join(10)
+    assert got[0] is not None
+    got[0].release()
+
+
+def test_a_hold_waits_for_as_long_as_its_holder_gets_on(tmp_path: Path) -> None:
+    """A copy of any size is waited for: what grows in the directory, or is made in it, starts the clock again."""
+    first = _entries.hold(tmp_path, wait=True)
+    assert first is not None
+    (tmp_path / ".disk.1").mkdir()
+    growing = tmp_path / ".disk.1" / "disk"
+    until = time.monotonic() + 1.2
+
+    def work() -> None:
+        while time.monotonic() < until:
+            with growing.open("ab") as file:
+                file.write(bytes(4096))
+            time.sleep(0.05)
+        first.release()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with _entries.patience(0.6, None):
+        second = _entries.hold(tmp_path, wait=True)
+    assert second is not None
+    assert time.monotonic() >= until
+    second.release()
+    thread.join()
+
+
+def test_a_holder_that_is_stopped_is_given_up(tmp_path: Path) -> None:
+    """Nothing changes for as long as the call wants to wait: the error says for what, and for how long."""
+    first = _entries.hold(tmp_path, wait=True)
+    assert first is not None
+    (tmp_path / "disk").write_bytes(b"half")
+    started = time.monotonic()
+    with _entries.patience(0.4, None), pytest.raises(LockTimeoutError) as caught, _entries.held(tmp_path):
+        pytest.fail("two hold it")
+    assert 0.4 <= time.monotonic() - started < 5
+    assert caught.value.path == str(tmp_path)
+    assert caught.value.waited >= 0.4
+    first.release()
+
+
+def test_a_call_that_may_not_go_on_ends_its_waiting(tmp_path: Path) -> None:
+    """Deadline and cancel are seen while a hold is waited for; not those of another thread's call."""
+    first = _entries.hold(tmp_path, wait=True)
+    assert first is not None
+    asked: list[float] = []
+
+    def check() -> None:
+        asked.append(time.monotonic())
+        if len(asked) > 10:
+            raise CancelledError
+
+    with _entries.patience(60, check), pytest.raises(CancelledError):
+        _entries.hold(tmp_path, wait=True)
+    got: list[_entries.Held | None] = []
+    with _entries.patience(60, check):
+        thread = threading.Thread(target=lambda: got.append(_entries.hold(tmp_path, wait=True)))
+        thread.start()
+        time.sleep(0.1)
+        first.release()
+        thread.join(10)
     assert got[0] is not None
     got[0].release()
 

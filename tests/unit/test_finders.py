@@ -8,6 +8,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +19,15 @@ from harness import images, places
 from harness.images import MIB, qemu_img
 from harness.rig import Rig, backing_name
 from harness.upkeep import names, open_cache
-from nova_imagecache import BaseImage, BaseInUseError, DiskUser, ImageCache, UserFinder, UsersUnknownError
+from nova_imagecache import (
+    BaseImage,
+    BaseInUseError,
+    DiskUser,
+    ImageCache,
+    RbdLocation,
+    UserFinder,
+    UsersUnknownError,
+)
 from nova_imagecache.finders import DiskDirectories, ImagesInUse
 from nova_imagecache.testing import FaultPlan
 
@@ -95,6 +104,10 @@ def header(backing: bytes, offset: int = 512, length: int | None = None) -> byte
         "lonely",
         "vm/.hidden",
         "vm/disk.base.snap",
+        "vm/snap.base",
+        "vm/snap.json",
+        "vm/console.log",
+        "a/b/c/d/e/f/g/disk",
     ],
 )
 def test_every_file_counts(name: str, place: Place) -> None:
@@ -339,6 +352,38 @@ def test_a_user_that_comes_between_the_two_looks_brings_the_base_back(place: Pla
     assert place.base.exists()
 
 
+# --- what may be doubted, and what need not be
+
+
+def test_a_directory_that_is_not_there_is_doubt(place: Place) -> None:
+    """Its filesystem may not be mounted: whatever uses bases lies in it."""
+    finder = DiskDirectories([place.disks, place.disks.parent / "not mounted"])
+    with pytest.raises(UsersUnknownError, match="not mounted"):
+        list(finder.find(place.bases()))
+
+
+def test_bases_that_are_no_files_have_no_users_among_files(place: Place) -> None:
+    """Nothing is read, and nothing can be in doubt."""
+    location = RbdLocation(pool="vms", name="base.img")
+    bases = [replace(base, location=location) for base in place.bases()]
+    assert list(DiskDirectories([Path("/nowhere")]).find(bases)) == []
+
+
+@pytest.mark.parametrize("spoil", [b"QFI\xfb\0\0\0\x07", b"QFI\xfb" + b"\xff" * 200, b"QFI\xfb"])
+def test_a_damaged_header_is_told_once(place: Place, spoil: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """It uses nothing, since QEMU opens it neither, and it stops nothing; the file is named in the log."""
+    path = place.overlay("vm/disk", place.base)
+    with path.open("r+b") as file:
+        file.truncate(len(spoil))
+        file.write(spoil)
+    finder = DiskDirectories([place.disks])
+    for _look in range(3):
+        assert list(finder.find(place.bases())) == []
+    said = [record.getMessage() for record in caplog.records if "damaged header" in record.getMessage()]
+    assert len(said) == 1
+    assert str(path) in said[0]
+
+
 def _as_nobody(place: Place, in_child: InChild, look: Callable[[], _T]) -> _T:
     for path in (place.rig.root, *place.rig.root.rglob("*")):
         os.chown(path, 65534, 65534, follow_symlinks=False)
@@ -402,6 +447,91 @@ def test_a_directory_that_cannot_be_listed(shared: Place, in_child: InChild) -> 
     (shared.disks / "vm").chmod(0)
     with pytest.raises(UsersUnknownError, match="vm"):
         _as_nobody(shared, in_child, shared.find)
+
+
+@pytest.mark.parametrize("name", ["console.log", "console.log.0", "disk.info", "libvirt.xml"])
+def test_what_is_no_disk_is_passed_over(name: str, shared: Place, in_child: InChild) -> None:
+    """A console of a running guest belongs to another user on every production host."""
+    shared.overlay("vm/disk", shared.base)
+    (shared.disks / "vm" / name).write_text("login: ")
+    (shared.disks / "vm" / name).chmod(0o600)
+    users = _as_nobody(shared, in_child, shared.find)
+    assert [(user.image_id, user.name) for user in users] == [("img", "disk")]
+
+
+@pytest.mark.parametrize("name", ["lost+found", "vm/swtpm"])
+def test_directories_that_hold_no_disks_are_passed_over(name: str, shared: Place, in_child: InChild) -> None:
+    """A filesystem has one that root alone can list, and a TPM's state is its user's."""
+    (shared.disks / name).mkdir(parents=True)
+    (shared.disks / name).chmod(0o700)
+    assert _as_nobody(shared, in_child, shared.find) == []
+
+
+def test_names_that_a_driver_says_are_no_disks(shared: Place, in_child: InChild) -> None:
+    """Instead of those that are known, as shell patterns."""
+    for name in ("console.log", "trace.bin"):
+        (shared.disks / name).write_text("")
+        (shared.disks / name).chmod(0o600)
+
+    def look(*not_disks: str) -> list[DiskUser]:
+        return list(DiskDirectories([shared.disks], not_disks=not_disks).find(shared.bases()))
+
+    assert _as_nobody(shared, in_child, lambda: look("*.log", "trace.*")) == []
+    with pytest.raises(UsersUnknownError, match=r"console\.log"):
+        _as_nobody(shared, in_child, lambda: look("trace.*"))
+
+
+def test_all_doubts_are_counted(shared: Place, in_child: InChild) -> None:
+    """An operator sees how many files are in the way, and one of them by its name."""
+    for number in range(3):
+        shared.overlay(f"vm-{number}/disk", shared.base).chmod(0)
+    with pytest.raises(UsersUnknownError, match=r"vm-\d/disk cannot be read.*and 2 more"):
+        _as_nobody(shared, in_child, shared.find)
+
+
+def test_what_a_hypervisor_has_open_it_tells(shared: Place, in_child: InChild) -> None:
+    """A snapshot that is its guest's user's alone: the live chain says what it uses; other files stay in doubt."""
+    disk = shared.overlay("vm/disk", shared.base)
+    snapshot = shared.overlay("vm/disk.snap", disk, "qcow2")
+    snapshot.chmod(0)
+    asked = []
+
+    def chains() -> list[tuple[Path, ...]]:
+        asked.append(1)
+        return [(Path("/elsewhere"),), (snapshot, disk, shared.base)]
+
+    def look() -> tuple[list[tuple[str, str | None]], int]:
+        users = list(DiskDirectories([shared.disks], chains=chains).find(shared.bases()))
+        return sorted((user.image_id, user.name) for user in users), len(asked)
+
+    found, looks = _as_nobody(shared, in_child, look)
+    assert (found, looks) == ([("img", "disk"), ("img", "disk.snap")], 1)
+    shared.overlay("other/disk", shared.base).chmod(0)
+    with pytest.raises(UsersUnknownError, match="other/disk"):
+        _as_nobody(shared, in_child, look)
+
+
+def test_a_hypervisor_is_asked_only_where_something_is_in_doubt(place: Place) -> None:
+    """Readable files speak for themselves."""
+    place.overlay("vm/disk", place.base)
+
+    def chains() -> list[tuple[Path, ...]]:
+        raise AssertionError("asked in vain")
+
+    assert len(list(DiskDirectories([place.disks], chains=chains).find(place.bases()))) == 1
+
+
+def test_the_reason_in_a_plan_says_what_is_in_doubt(shared: Place, in_child: InChild) -> None:
+    """An operator who reads it knows which file to look at."""
+    shared.overlay("vm/disk", shared.base).chmod(0)
+
+    def look() -> set[str]:
+        with shared.cache() as cache:
+            return {item.reason for item in cache.plan_cleanup(max_idle=0).items}
+
+    [reason] = _as_nobody(shared, in_child, look)
+    assert reason.startswith("its users are unknown: ")
+    assert str(shared.disks / "vm" / "disk") in reason
 
 
 def test_no_child_process_runs(place: Place) -> None:

@@ -75,6 +75,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
 WRITES: dict[str, tuple[Any, ...]] = {
     "set_size": (1,),
     "write_at": (0, b"x"),
+    "read_at": (0, 1),
     "write_sums": (b"",),
     "sync": (),
     "publish": (RECORD,),

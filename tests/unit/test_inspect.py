@@ -168,6 +168,15 @@ def test_a_fat_boot_sector_is_raw() -> None:
     assert judge("raw", bytes(sector) + bytes(SIZE)).done
 
 
+@pytest.mark.parametrize("declared", ["aki", "ari", "ami"])
+def test_a_kernel_for_x86_is_no_partitioned_disk(declared: str) -> None:
+    """Its boot flag is the signature of a partition table, without a table before it: for a disk that is refused."""
+    assert judge(declared, images.kernel()).disk_format == "raw"
+    reason, fed = refused("raw", images.kernel(), STEP)
+    assert "gpt" in reason
+    assert fed <= MIB
+
+
 def test_feeding_after_the_verdict_is_harmless(made: dict[str, bytes]) -> None:
     """The caller need not look before it feeds, nor before it finishes."""
     inspector = judge("qcow2", made["qcow2 v3"])
@@ -209,7 +218,7 @@ def allowed(declared: str, kind: str) -> bool:
     if declared in ("ami", "aki", "ari"):
         return own in ("raw", "iso", "ami", "aki", "ari") and kind != "iso hybrid"
     if declared == "raw":
-        return own in ("raw", "ami", "aki", "ari")
+        return own in ("raw", "ami", "aki", "ari") and kind != "aki for x86"
     return own == declared
 
 
@@ -418,6 +427,17 @@ def test_a_qcow2_with_a_partition_table_is_refused(made: dict[str, bytes], decla
     """Only an ISO may be a partitioned disk as well."""
     _, fed = refused(declared, images.with_table(made["qcow2 v3"], 0xEE, 1).ljust(8 * MIB, b"\0"), STEP)
     assert fed <= MIB
+
+
+@pytest.mark.parametrize("declared", ["ami", "aki", "ari"])
+@pytest.mark.parametrize(
+    "kind", ["qcow2 v3", "vmdk monolithicSparse", "vmdk with footer", "vhd dynamic", "vhdx", "vdi"]
+)
+@pytest.mark.parametrize("flag", [b"", b"\x55\xaa"], ids=["bare", "with a boot flag"])
+def test_no_other_format_hides_in_a_kernel(made: dict[str, bytes], declared: str, kind: str, flag: bytes) -> None:
+    """What a kernel may have in its first sector, another format may not have beside it."""
+    data = images.patched(made[kind], 510, flag) if flag else made[kind]
+    refused(declared, data)
 
 
 def test_a_vhd_that_is_an_iso_too_is_refused(made: dict[str, bytes]) -> None:

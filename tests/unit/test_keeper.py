@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +19,7 @@ from harness.images import MIB
 from harness.rig import Rig
 from harness.upkeep import DAY, HOUR, MINUTE, Clock, Events, dense, last_used, names, open_cache
 from harness.waiting import Gate
-from nova_imagecache import BaseImage, DiskUser, ImageCache, NoSpaceError, Pin
+from nova_imagecache import BaseImage, DeadlineError, DiskUsage, DiskUser, ImageCache, NoSpaceError, Pin
 from nova_imagecache._engine import Engine
 from nova_imagecache.testing import FaultPlan
 
@@ -363,6 +365,123 @@ def test_litter_goes_before_bases_do(rig: Rig) -> None:
     cache.ensure_base("img-1")
     assert names(cache) == {"img-0", "img-1"}
     assert list(rig.root.glob("staging/*")) == []
+
+
+def test_removals_that_died_go_before_bases_do(rig: Rig) -> None:
+    """What lies in the trash takes room as litter in staging does: it is swept, and that is enough."""
+    clock = Clock()
+    engine = _cold(rig, clock, "img-0", "img-1")._engine
+    base = engine.backend.find_base("img-1")
+    assert base is not None
+    with child(lambda: rig.backend().retire_base(base) and None) as process:
+        process.result()
+    assert len(list(rig.root.glob("trash/img-1.*"))) == 1
+    capacity = engine.backend.capacity()
+    # what is free now is not enough, and what the trash holds is
+    cache = open_cache(rig, clock, min_free_bytes=capacity.free - MIB // 4)
+    cache.ensure_base("img-2")
+    assert names(cache) == {"img-0", "img-2"}
+    assert list(rig.root.glob("trash/*")) == []
+
+
+def test_what_a_live_process_removes_is_left_to_it(rig: Rig) -> None:
+    """Between its two looks a base lies in the trash: whoever sweeps beside it knows nothing of its finders."""
+    backend = _cold(rig, Clock(), "img-0")._engine.backend
+    base = backend.find_base("img-0")
+    assert base is not None
+    retired = backend.retire_base(base)
+    report = rig.cache().recover()
+    assert (report.removed, report.restored, report.alive) == ((), (), (f"trash/{retired.token}",))
+    backend.restore_base(retired)
+    assert names(rig.cache()) == {"img-0"}
+    assert rig.cache().recover().alive == ()
+
+
+def test_without_removal_nothing_is_evicted(rig: Rig) -> None:
+    """``remove_unused`` off only observes: what does not fit is refused, with the figures, and every base stays."""
+    clock = Clock()
+    _cold(rig, clock, "img-0", "img-1")
+    cache = open_cache(rig, clock, max_bytes=2 * MIB + TIGHT, remove_unused=False)
+    with pytest.raises(NoSpaceError) as caught:
+        cache.ensure_base("img-2")
+    assert (caught.value.needed, caught.value.limit) == (MIB, "max_bytes")
+    assert names(cache) == {"img-0", "img-1"}
+    # by hand it may go all the same
+    cache.remove_base("img-0")
+    cache.ensure_base("img-2")
+
+
+def test_many_evictions_ask_the_finders_a_few_times(rig: Rig) -> None:
+    """All bases that must go are retired together: a look at thousands of disks is not made for each."""
+    many = {f"many-{number:02}": SAMPLES["img-0"] for number in range(30)}
+    rig.samples = {**{name: dense(f"small {name}", 64 * KIB) for name in many}, "large": dense("large", 2 * MIB)}
+    clock = Clock()
+    _cold(rig, clock, *many, hours=100)
+
+    class Counting(Finder):
+        looks = 0
+
+        def find(self, bases: Sequence[BaseImage]) -> Iterator[DiskUser]:
+            self.looks += 1
+            return super().find(bases)
+
+    finder = Counting("many-29")
+    cache = open_cache(rig, clock, user_finders=[finder], max_bytes=2 * MIB + TIGHT)
+    cache.ensure_base("large")
+    assert "large" in names(cache)
+    assert len(names(cache)) < 6
+    assert finder.looks <= 4
+
+
+def test_the_callers_deadline_is_watched_while_room_is_made(rig: Rig) -> None:
+    """A finder that is slow: the caller hears of its deadline between two evictions, and nothing is half removed."""
+    clock = Clock()
+    _cold(rig, clock, "img-0", "img-1")
+    rig.samples["large"] = dense("large", 2 * MIB)
+
+    class Slow(Finder):
+        def find(self, bases: Sequence[BaseImage]) -> Iterator[DiskUser]:
+            time.sleep(0.3)
+            return super().find(bases)
+
+    cache = open_cache(rig, clock, user_finders=[Slow()], max_bytes=2 * MIB + TIGHT)
+    with pytest.raises(DeadlineError):
+        cache.ensure_base("large", deadline=0.1)
+    assert names(cache) == {"img-0", "img-1"}
+    assert list(rig.root.glob("trash/*")) == list(rig.root.glob("staging/*")) == []
+
+
+def test_bases_are_measured_outside_the_lock(rig: Rig, held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were measured before cost a look at their names while others wait: what a base takes never changes."""
+    _cold(rig, Clock(), *(f"img-{number}" for number in range(6)))
+    engine = _engine(rig, max_bytes=20 * MIB)
+    measured: list[tuple[str, bool]] = []
+    inside = False
+    usage, admission = engine.backend.usage, engine.locks.admission
+
+    @contextlib.contextmanager
+    def locked() -> Iterator[None]:
+        nonlocal inside
+        with admission():
+            inside = True
+            yield
+            inside = False
+
+    def measure(base: BaseImage) -> DiskUsage:
+        measured.append((base.image_id, inside))
+        return usage(base)
+
+    monkeypatch.setattr(engine.backend, "usage", measure)
+    monkeypatch.setattr(engine.locks, "admission", locked)
+    for number in range(3):
+        engine.keeper.reserve("img-7", held.entry(engine, f"img-7{number}"), MIB, "admission")
+    assert sorted(measured) == [(f"img-{number}", False) for number in range(6)]
+    # one that is replaced is measured again
+    rig.samples["img-0"] = dense("other bytes", 2 * MIB)
+    rig.cache().remove_base("img-0")
+    rig.cache().ensure_base("img-0")
+    engine.keeper.reserve("img-7", held.entry(engine, "img-79"), MIB, "admission")
+    assert measured[6:] == [("img-0", False)]
 
 
 # --- refusal

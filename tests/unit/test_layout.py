@@ -6,7 +6,9 @@ import grp
 import json
 import multiprocessing
 import os
+import signal
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -253,6 +255,26 @@ def test_many_processes_prepare_one_root_at_once(tmp_path: Path) -> None:
             "pins",
             "staging",
         ]
+
+
+def test_a_process_forked_while_another_thread_prepares_prepares_itself(tmp_path: Path, in_child: InChild) -> None:
+    """It has none of its parent's threads, and waits for none of them."""
+    root = Root(tmp_path / "cache", "files")
+    plan = FaultPlan()
+    pause = plan.pause("fs.link", match="cache.json")
+
+    def prepare_here() -> bool:
+        signal.alarm(20)
+        root.prepare()
+        return (root.path / "cache.json").is_file()
+
+    with plan, ThreadPoolExecutor(1) as pool:
+        preparing = pool.submit(root.prepare)
+        pause.wait()
+        assert in_child(prepare_here)
+        pause.release()
+        preparing.result(20)
+    assert list(root.staging.iterdir()) == []
 
 
 def test_a_process_that_died_while_it_prepared_is_followed_by_the_next(tmp_path: Path) -> None:

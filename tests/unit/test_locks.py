@@ -205,11 +205,11 @@ def test_patience_begins_anew_with_every_note(locks: Locks) -> None:
     lock = locks.base("img")
     assert lock.attempt()
     lock.note(0, 100)
-    patience = Patience(locks.base("img"), 1.0, "img")
+    patience = Patience(locks.base("img"), 0.6, "img")
     start = time.monotonic()
     heard = set()
     done = 0
-    while time.monotonic() - start < 2.5:
+    while time.monotonic() - start < 1.3:
         done += 1
         lock.note(done, 100)
         heard.add(patience.wait())

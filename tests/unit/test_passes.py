@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from harness import places
+from harness.children import child
 from harness.images import MIB
 from harness.rig import Rig
 from harness.upkeep import DAY, HOUR, Clock, Events, clean_twice, dense, names, open_cache
@@ -315,6 +320,99 @@ def test_a_pin_ends(rig: Rig) -> None:
     assert cache.cleanup().marked == ("a",)
     clock.move(2 * DAY)
     assert cache.cleanup().removed == ("a",)
+
+
+@pytest.mark.parametrize("end", ["time", "unpin"])
+def test_the_idle_time_of_a_marked_base_begins_when_its_pin_is_over(end: str, rig: Rig) -> None:
+    """It was unused and marked before it was pinned: it does not go at the first pass after the pin."""
+    clock = Clock()
+    cache = open_cache(rig, clock)
+    assert cache.cleanup().marked == ("a", "b", "c")
+    cache.pin("a", "release", until=clock.now + 10 * DAY if end == "time" else None)
+    clock.move(2 * DAY)
+    report = cache.cleanup()
+    assert (report.removed, report.marked) == (("b", "c"), ("a",)), "the mark is taken away"
+    clock.move(9 * DAY)
+    if end == "unpin":
+        assert cache.cleanup().kept == {"a": "pinned by release"}
+        cache.unpin("a", "release")
+    assert cache.cleanup().marked == ("a",)
+    clock.move(23 * HOUR)
+    assert cache.cleanup().removed == ()
+    clock.move(2 * HOUR)
+    assert cache.cleanup().removed == ("a",)
+
+
+def test_the_cost_of_a_pass_is_linear(tmp_path: Path) -> None:
+    """Four times the bases, disks and old pins take four times as long, not sixteen: keeping, marking and removing."""
+    with child(lambda: _costs(tmp_path / "small", 100)) as process:
+        small = process.result()
+    with child(lambda: _costs(tmp_path / "large", 400)) as process:
+        large = process.result()
+    for name, cost in large.items():
+        assert cost.files < 4.2 * small[name].files, (name, cost, small[name])
+        assert cost.lists_of_pins <= 3, name
+        # other tests run beside, and a pass has a cost of its own: far from sixteen
+        assert cost.seconds < 9 * max(small[name].seconds, 0.02), (name, cost, small[name])
+
+
+@dataclass
+class Cost:
+    """Of one pass: processor seconds, files and directories opened, and how often all pins were listed."""
+
+    seconds: float = 0.0
+    files: int = 0
+    lists_of_pins: int = 0
+
+
+def _costs(directory: Path, count: int) -> dict[str, Cost]:
+    """Each kind of pass over so many bases, half of them with a disk. In a process of its own: the look is for good."""
+    costs: dict[str, Cost] = {}
+    now = Cost()
+
+    def look(event: str, arguments: tuple[object, ...]) -> None:
+        if event in ("open", "os.listdir", "os.scandir"):
+            now.files += 1
+            now.lists_of_pins += str(arguments[0]).endswith("/pins")
+
+    sys.addaudithook(look)
+    with places.quick(directory) as where:
+        rig = Rig(where, "link", {})
+        _populate(rig, count)
+        finder = DiskDirectories([rig.disks])
+        for name, idle in (("keep and mark", DAY), ("keep and remove", 0.0), ("usage", None)):
+            cache = open_cache(rig, user_finders=[finder])
+            now = Cost()
+            start = time.process_time()
+            if idle is None:
+                cache.usage()
+            else:
+                report = cache.cleanup(cache.plan_cleanup(max_idle=idle))
+                assert len(report.marked if idle else report.removed) == count // 2
+                assert not report.failed
+            now.seconds = time.process_time() - start
+            costs[name] = now
+    return costs
+
+
+def _populate(rig: Rig, count: int) -> None:
+    """Bases by copies of one; every second one with a disk, and each with a pin that is over."""
+    rig.samples = {"seed": SAMPLES["a"]}
+    rig.cache().create_root_disk("seed", "seed-vm")
+    seed, disk = rig.root / "bases" / "seed", rig.disks / "seed-vm"
+    for number in range(count - 1):
+        image_id = f"img-{number:04}"
+        base, home = rig.root / "bases" / image_id, rig.disks / f"vm-{number:04}"
+        shutil.copytree(seed, base)
+        (base / "base.json").chmod(0o644)
+        (base / "base.json").write_text((seed / "base.json").read_text().replace('"seed"', f'"{image_id}"'))
+        (rig.root / "pins" / image_id).mkdir(parents=True)
+        (rig.root / "pins" / image_id / "old.json").write_text('{"until": 1.0}')
+        if number % 2:
+            home.mkdir()
+            (home / "disk.base").hardlink_to(base / "disk")
+            shutil.copyfile(disk / "disk", home / "disk")
+            (home / "disk.json").write_text((disk / "disk.json").read_text().replace('"seed"', f'"{image_id}"'))
 
 
 def test_a_removal_by_hand_tells_who_is_in_the_way(rig: Rig) -> None:

@@ -66,7 +66,7 @@ class Source:
         if options.get("fail"):
             raise RuntimeError("no luck")
         if options.get("wrong"):
-            raise ConfigError(["source_options.wrong: unknown option"])
+            raise ConfigError(["source_options.wrong: unknown option", "there is no such place"])
         return cls()
     def get(self, image_id):
         raise RuntimeError("no luck either")
@@ -250,6 +250,34 @@ def test_a_cache_is_made_from_names(tmp_path: Path) -> None:
     assert "source mine failed in get" in str(caught.value)
     assert caught.value.image_id == "img"
     assert not (tmp_path / "cache" / "bases").exists()
+
+
+@pytest.mark.parametrize(("backend", "colours"), [("refuses", ("colour",)), ("qcow2", ("colour", "reference"))])
+@pytest.mark.parametrize(
+    ("source", "source_options", "wrong"),
+    [
+        ("mine", {"wrong": 1}, ("", ".wrong")),
+        ("directory", {"pat": "/x"}, (".pat", ".path")),
+        ("glance", {"x": 1}, (".x",)),
+    ],
+)
+def test_what_both_plugins_refuse_is_one_error(
+    tmp_path: Path, backend: str, colours: tuple[str, ...], source: str, source_options: dict[str, Any], wrong: Any
+) -> None:
+    """Whoever writes a configuration reads of everything that is wrong with it at once."""
+    config = CacheConfig(
+        root=tmp_path,
+        backend=backend,
+        backend_options={"colour": 1, "reference": "chain"},
+        source=source,
+        source_options=source_options,
+    )
+    with pytest.raises(ConfigError) as caught:
+        ImageCache.from_config(config)
+    named = [problem.partition(":")[0] for problem in caught.value.problems]
+    ours = [name for name in named if name.startswith("backend_options")]
+    assert ours == [f"backend_options.{name}" for name in colours]
+    assert sorted(named[len(ours) :]) == [f"source_options{name}" for name in wrong]
 
 
 @pytest.mark.parametrize("name", sorted({*BACKENDS, "broken", "exits", "nomodule", "zfs"} - {"good"}))

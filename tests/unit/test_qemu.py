@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.images import bomb as compressed_bomb
 from nova_imagecache import _exec, _fs, _qemu
 from nova_imagecache.exceptions import CommandError, DiskInUseError, NoSpaceError
 from unit import images
@@ -52,11 +53,8 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def bomb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A qcow2 image of less than 2 MiB that unpacks to 128."""
-    directory = tmp_path_factory.mktemp("bomb")
-    source, image = directory / "source", directory / "image"
-    source.write_bytes(b"x" * (128 * MIB))
-    images.qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", source, image)
-    source.unlink()
+    image = tmp_path_factory.mktemp("bomb") / "image"
+    image.write_bytes(compressed_bomb(128 * MIB))
     return image
 
 

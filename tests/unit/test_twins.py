@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -18,7 +19,16 @@ from harness import images, places
 from harness.images import MIB, Sample
 from harness.rig import Rig
 from harness.upkeep import allocated, dense, names, open_cache
-from nova_imagecache import Digest, DiskTooSmallError, FileLocation, ImageCache, ImageRejectedError, NoSpaceError
+from nova_imagecache import (
+    BaseCorruptError,
+    CancelledError,
+    Digest,
+    DiskTooSmallError,
+    FileLocation,
+    ImageCache,
+    ImageRejectedError,
+    NoSpaceError,
+)
 from nova_imagecache.testing import FakeSource, FaultPlan
 
 FORMS = {
@@ -210,6 +220,83 @@ def test_a_disk_that_is_too_small_is_refused_before_the_copy(tmp_path: Path) -> 
     with pytest.raises(ImageRejectedError, match="max_virtual_size"):
         open_cache(rig, max_virtual_size=MIB).ensure_base("second")
     rig.check_tidy("refused")
+
+
+# --- twins that are not to be trusted
+
+
+def _spoil(rig: Rig, offset: int = 4096) -> None:
+    """The twin's bytes are others than were published."""
+    path = rig.root / "bases" / "first" / "disk"
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(offset if offset >= 0 else path.stat().st_size + offset)
+        file.write(b"not what was published")
+    path.chmod(0o444)
+
+
+@pytest.mark.parametrize("offset", [0, 4096, -40])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_damaged_twin_is_not_copied(form: str, offset: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its copy would carry a digest that it has not: the image is fetched, whole, and the damage is said."""
+    kind, sample = FORMS[form]
+    rig = _rig(tmp_path, sample, kind)
+    source = rig.source()
+    cache = open_cache(rig, source=source)
+    cache.ensure_base("first")
+    _spoil(rig, offset)
+    second = cache.ensure_base("second")
+    assert source.opens == 2
+    assert second.record.source != "base first"
+    cache.verify_base("second")
+    assert any("first" in record.getMessage() and "damaged" in record.getMessage() for record in caplog.records)
+    with pytest.raises(BaseCorruptError):
+        cache.verify_base("first")
+
+
+def test_a_converted_twin_without_its_sums_is_not_copied(tmp_path: Path) -> None:
+    """Nothing proves its bytes."""
+    rig = _rig(tmp_path, FORMS["converted"][1])
+    source = rig.source()
+    cache = open_cache(rig, source=source)
+    cache.ensure_base("first")
+    (rig.root / "bases" / "first" / "disk.sums").unlink()
+    cache.ensure_base("second")
+    assert source.opens == 2
+    cache.verify_base("second")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_twin_of_another_owner_is_not_copied(tmp_path: Path) -> None:
+    """Who owns a file can change it at any moment, also after it was looked at: libvirt gives bases to its guests."""
+    rig = _rig(tmp_path, FORMS["raw"][1])
+    source = rig.source()
+    cache = open_cache(rig, source=source)
+    cache.ensure_base("first")
+    os.chown(rig.root / "bases" / "first" / "disk", 65534, 65534)
+    cache.ensure_base("second")
+    assert source.opens == 2
+
+
+def test_the_caller_is_listened_to_while_a_copy_is_proved(tmp_path: Path) -> None:
+    """A large twin takes a while to read: whoever cancels does not wait for it."""
+    rig = _rig(tmp_path, dense("twins to prove", 4 * MIB))
+    source = rig.source()
+    cache = open_cache(rig, source=source)
+    cache.ensure_base("first")
+    cancel = threading.Event()
+    plan = FaultPlan()
+    copying = plan.pause("fs.copy_range", when="after")
+    with plan, ThreadPoolExecutor(1) as pool:
+        second = pool.submit(cache.ensure_base, "second", cancel=cancel)
+        copying.wait()
+        cancel.set()
+        copying.release()
+        with pytest.raises(CancelledError):
+            second.result(60)
+    assert source.opens == 1
+    assert names(cache) == {"first"}
+    rig.check_tidy("cancelled")
 
 
 # --- space
