@@ -54,7 +54,7 @@ FULL = Scale(
     crowd_beside=8,
     at_once=50,
     bases=(1000, 2000, 10000),
-    peer_bases=(1000, 2000, 10000),
+    peer_bases=(1000, 2000),
     clones=50,
 )
 QUICK = Scale(

@@ -193,8 +193,8 @@ def test_a_leader_that_hangs(rig: Rig, gate: Gate) -> None:
 
 
 def test_a_holder_of_a_disk_that_hangs(rig: Rig, gate: Gate) -> None:
-    """The same for the lock of a root disk."""
-    rig.cache().ensure_base("img")
+    """The same for the lock of a root disk that is there; a new one needs none."""
+    disk = rig.cache().create_root_disk("img", "vm")
 
     def hold() -> None:
         with rig.cache()._engine.disk_lock("vm", "disk"):
@@ -203,13 +203,14 @@ def test_a_holder_of_a_disk_that_hangs(rig: Rig, gate: Gate) -> None:
     with child(hold) as holder:
         until(lambda: gate.arrived, "the holder")
         with pytest.raises(LockTimeoutError) as caught:
-            rig.cache(lock_timeout=timedelta(seconds=0.3)).create_root_disk("img", "vm")
+            rig.cache(lock_timeout=timedelta(seconds=0.3)).resize_root_disk("vm", size=2 * disk.virtual_size)
         assert caught.value.disk_id == "vm"
         with pytest.raises(DeadlineError):
-            rig.cache().create_root_disk("img", "vm", deadline=0.3)
+            rig.cache().attach_root_disk("img", "vm", deadline=0.3)
+        rig.cache().create_root_disk("img", "vm", name="disk.rescue")
         gate.open()
         holder.result()
-    rig.cache().create_root_disk("img", "vm")
+    assert rig.cache().resize_root_disk("vm", size=2 * disk.virtual_size).virtual_size == 2 * disk.virtual_size
     rig.check("after a holder that hung")
 
 
