@@ -57,7 +57,7 @@ def use_cache(work: Path, endpoint: str, image_id: str) -> None:
         source_options={"endpoint": endpoint, "token": ADMIN},
     )
     with ImageCache.from_config(config) as cache:
-        with step("ensure_base, cold: download, check, convert, publish") as say:
+        with step("ensure_base, cold: download, check, unpack, publish") as say:
             base = cache.ensure_base(image_id, progress=show_progress())
             say(f"{base.format}, {base.virtual_size / GIB:.0f} GiB for the guest")
 
