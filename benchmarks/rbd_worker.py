@@ -33,7 +33,7 @@ def bare_clone(task: Figures) -> Figures:
     cluster.connect()
     short, whole = [], []
     with cluster.open_ioctx(_POOL) as pool:
-        with rbd.Image(pool, location.name, read_only=True) as image:
+        with rbd.Image(pool, location.name) as image:
             features = image.features()
         meter.ready()
         with meter.Meter() as costs:

@@ -53,6 +53,13 @@ def patience(timeout: float, check: Callable[[], None] | None) -> Iterator[None]
         _patience.reset(token)
 
 
+def go_on() -> None:
+    """Between the pieces of what takes long: raises what ends the running call, its deadline or its cancel."""
+    patience = _patience.get()
+    if patience is not None and patience.check is not None:
+        patience.check()
+
+
 class Held:
     """A directory that this process is at work in. The kernel ends the hold with the process, however it ends."""
 

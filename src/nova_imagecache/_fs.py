@@ -17,8 +17,12 @@ import shutil
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nova_imagecache._extents import data_extents
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SEAMS = (
     "mkdir",
@@ -42,6 +46,7 @@ SEAMS = (
 )
 
 MIB = 1 << 20
+_PIECE = 64 * MIB
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE, linux/fs.h
 _FICLONE = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h
@@ -246,11 +251,11 @@ def publish_file(temporary: Path, final: Path) -> None:
     fsync_dir(final.parent)
 
 
-def publish_copy(source: int, final: Path, size: int) -> None:
+def publish_copy(source: int, final: Path, size: int, *, check: Callable[[], None] | None = None) -> None:
     """A new durable file ``final`` that holds the first ``size`` bytes of ``source``; FileExistsError if it is there.
 
     The file has no name until it is whole (O_TMPFILE), so that a crash leaves nothing; where the filesystem cannot do
-    that, it has a hidden one beside the target.
+    that, it has a hidden one beside the target. ``check`` as in ``copy_content``.
     """
     temporary: Path | None = None
     try:
@@ -261,7 +266,7 @@ def publish_copy(source: int, final: Path, size: int) -> None:
         temporary = final.with_name(f".{final.name}.{random_suffix()}")
         fd = create(temporary, 0o600)
     try:
-        copy_content(source, fd)
+        copy_content(source, fd, check=check)
         truncate(fd, size)
         fsync(fd)
         if temporary is None:
@@ -275,11 +280,17 @@ def publish_copy(source: int, final: Path, size: int) -> None:
             unlink(temporary)
 
 
-def copy_content(source: int, target: int) -> None:
-    """``target`` (empty) holds what ``source`` holds: shared blocks, else its data extents only; holes stay holes."""
+def copy_content(source: int, target: int, *, check: Callable[[], None] | None = None) -> None:
+    """``target`` (empty) holds what ``source`` holds: shared blocks, else its data extents only; holes stay holes.
+
+    ``check`` is called before each piece; what it raises ends the copy.
+    """
     size = os.fstat(source).st_size
     if clone_file(source, target):
         return
     truncate(target, size)
     for start, end in data_extents(source, size):
-        copy_range(source, target, start, end - start)
+        for offset in range(start, end, _PIECE):
+            if check is not None:
+                check()
+            copy_range(source, target, offset, min(_PIECE, end - offset))

@@ -157,9 +157,9 @@ class RootDisks:
             todo = "Give an absolute path in a directory that exists"
             raise InvalidRequestError(f"{target} cannot be written", image_id=image_id, stage="copy", todo=todo)
 
-        def copy(base: BaseImage, _watch: Watch) -> Path:
+        def copy(base: BaseImage, watch: Watch) -> Path:
             with translated(lambda text: BackendError(text, image_id=image_id, stage="copy")):
-                _verify.copy_out(self._backend, base, target)
+                _verify.copy_out(self._backend, base, target, lambda: watch.check("copy"))
             return target
 
         return self._with_base(image_id, call, copy)

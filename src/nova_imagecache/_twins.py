@@ -96,7 +96,7 @@ def _copy(backend: GuardedBackend, twin: BaseImage, writer: BaseWriter, check: C
     # before its bytes: where they can still be opened afterwards, these were there as well
     sums = backend.read_sums(twin)
     if isinstance(twin.location, FileLocation) and writer.path is not None:
-        _copy_file(twin.location.path, writer.path)
+        _copy_file(twin.location.path, writer.path, check)
         writer.set_size(twin.record.size)
         extents = _extents.read_extents(writer.path)
     else:
@@ -109,13 +109,13 @@ def _copy(backend: GuardedBackend, twin: BaseImage, writer: BaseWriter, check: C
         writer.write_sums(sums)
 
 
-def _copy_file(path: Path, target_path: Path) -> None:
+def _copy_file(path: Path, target_path: Path, check: Callable[[], None]) -> None:
     # open descriptors keep the bytes, whatever becomes of the twin's name
     source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         target = os.open(target_path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            _fs.copy_content(source, target)
+            _fs.copy_content(source, target, check=check)
         finally:
             os.close(target)
     finally:

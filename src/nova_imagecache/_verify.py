@@ -102,15 +102,17 @@ def is_ours(base: BaseImage) -> bool:
         return True
 
 
-def copy_out(backend: GuardedBackend, base: BaseImage, path: Path) -> None:
+def copy_out(backend: GuardedBackend, base: BaseImage, path: Path, check: Callable[[], None]) -> None:
     """A plain file ``path`` with the base's bytes, as long as the image as it was served where it was stored as is.
+
+    ``check`` is called again and again; what it raises ends the copy, and there is no file.
 
     Raises:
         DiskExistsError: there is a file of that name.
         BaseNotFoundError: the base went away before it could be opened.
     """
     if not isinstance(base.location, FileLocation | BlockLocation):
-        _copy_extents(backend, base, path)
+        _copy_extents(backend, base, path, check)
         return
     try:
         # an open descriptor keeps the bytes, whatever becomes of the name
@@ -120,20 +122,21 @@ def copy_out(backend: GuardedBackend, base: BaseImage, path: Path) -> None:
     try:
         if backend.find_base(base.image_id) is None:
             raise BaseNotFoundError(image_id=base.image_id, stage="copy")
-        _fs.publish_copy(source, path, base.record.size)
+        _fs.publish_copy(source, path, base.record.size, check=check)
     except FileExistsError:
         raise DiskExistsError(f"{path} exists already", image_id=base.image_id, stage="copy") from None
     finally:
         os.close(source)
 
 
-def _copy_extents(backend: GuardedBackend, base: BaseImage, path: Path) -> None:
+def _copy_extents(backend: GuardedBackend, base: BaseImage, path: Path, check: Callable[[], None]) -> None:
     """The same from storage that is no file here."""
     with tempfile.TemporaryFile(dir=path.parent) as whole:
         for extent in backend.read_base(base):
+            check()
             os.pwrite(whole.fileno(), extent.data, extent.offset)
         os.ftruncate(whole.fileno(), base.record.size)
         try:
-            _fs.publish_copy(whole.fileno(), path, base.record.size)
+            _fs.publish_copy(whole.fileno(), path, base.record.size, check=check)
         except FileExistsError:
             raise DiskExistsError(f"{path} exists already", image_id=base.image_id, stage="copy") from None

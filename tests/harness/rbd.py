@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nova_imagecache.backends import BackendPaths, BaseRecord
+from nova_imagecache.backends._rados import close_unwritten
 from nova_imagecache.backends.rbd import RbdBackend
 from services.ceph import CephCluster
 from services.ceph_bindings import bindings
@@ -55,8 +56,22 @@ def record(image_id: str, size: int, **changes: Any) -> BaseRecord:
 def opened(cluster: CephCluster, name: str, pool: str = "vms", *, read_only: bool = True) -> Iterator[Any]:
     """An image, as somebody else's client has it open."""
     _, rbd = bindings()
-    with cluster.pool(pool) as ioctx, rbd.Image(ioctx, name, read_only=read_only) as image:
+    with (
+        cluster.pool(pool) as ioctx,
+        reading(ioctx, name) if read_only else rbd.Image(ioctx, name) as image,
+    ):
         yield image
+
+
+@contextlib.contextmanager
+def reading(ioctx: Any, name: str | None = None, **which: str) -> Iterator[Any]:
+    """An image, for reading, closed as the library does it: librbd may abort the process otherwise."""
+    _, rbd = bindings()
+    image = rbd.Image(ioctx, name, read_only=True, **which)
+    try:
+        yield image
+    finally:
+        close_unwritten(ioctx, image)
 
 
 def names(cluster: CephCluster, pool: str = "vms") -> list[str]:
@@ -86,14 +101,14 @@ def leftovers(cluster: CephCluster, pool: str = "vms") -> list[str]:
 
 def _id(ioctx: Any, name: str) -> str:
     _, rbd = bindings()
-    with contextlib.suppress(rbd.ImageNotFound), rbd.Image(ioctx, name, read_only=True) as image:
+    with contextlib.suppress(rbd.ImageNotFound), reading(ioctx, name) as image:
         return str(image.id())
     return ""
 
 
 def _has_clones(ioctx: Any, image_id: str) -> bool:
     _, rbd = bindings()
-    with contextlib.suppress(rbd.ImageNotFound), rbd.Image(ioctx, image_id=image_id, read_only=True) as image:
+    with contextlib.suppress(rbd.ImageNotFound), reading(ioctx, image_id=image_id) as image:
         return any(image.list_children2())
     return False
 
@@ -101,9 +116,8 @@ def _has_clones(ioctx: Any, image_id: str) -> bool:
 @contextlib.contextmanager
 def damaged(cluster: CephCluster, name: str, pool: str = "vms") -> Iterator[None]:
     """While the block runs the image's header says nonsense."""
-    _, rbd = bindings()
     with cluster.pool(pool) as ioctx:
-        with rbd.Image(ioctx, name, read_only=True) as image:
+        with reading(ioctx, name) as image:
             header, size = f"rbd_header.{image.id()}", image.size()
         _set_size(ioctx, header, b"\1")
         try:
@@ -193,7 +207,7 @@ def watchers(cluster: CephCluster, pool: str = "vms") -> set[str]:
         for which in opening:
             with (
                 contextlib.suppress(rbd.ImageNotFound),
-                rbd.Image(ioctx, which.get("name"), image_id=which.get("image_id"), read_only=True) as image,
+                reading(ioctx, **which) as image,
             ):
                 found |= {watcher["addr"] for watcher in image.watchers_list()}
     return found

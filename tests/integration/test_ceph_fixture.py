@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from harness.rbd import reading
 from services.ceph import CephCluster
 from services.ceph_bindings import bindings
 from services.glance import GlanceServer
@@ -36,8 +37,7 @@ def write(ioctx: Any, name: str, data: bytes = DATA, *, snapshot: str | None = N
 
 
 def read(ioctx: Any, name: str) -> bytes:
-    _, rbd = bindings()
-    with rbd.Image(ioctx, name, read_only=True) as image:
+    with reading(ioctx, name) as image:
         data: bytes = image.read(0, len(DATA))
     return data
 
@@ -62,7 +62,7 @@ def test_nova_clones_an_image_of_glance(ceph: CephCluster, image: str) -> None:
         rbd.RBD().clone(images, image, "snap", vms, f"{image}_disk")
         try:
             assert read(vms, f"{image}_disk") == DATA
-            with rbd.Image(images, image, snapshot="snap", read_only=True) as parent:
+            with reading(images, image, snapshot="snap") as parent:
                 [child] = parent.list_children2()
             assert (child["pool"], child["image"]) == ("vms", f"{image}_disk")
         finally:

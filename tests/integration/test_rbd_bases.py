@@ -70,8 +70,7 @@ def test_a_clone_in_the_trash_is_a_user(ceph: CephCluster, tmp_path: Path) -> No
 
 
 def _id(ioctx: Any, name: str) -> str:
-    _, rbd = bindings()
-    with rbd.Image(ioctx, name, read_only=True) as image:
+    with pool.reading(ioctx, name) as image:
         return str(image.id())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from harness import rbd as pool
-from nova_imagecache.backends import _rbd_connection, _rbd_store
+from nova_imagecache.backends import _rados, _rbd_connection, _rbd_look, _rbd_store
 from nova_imagecache.backends._rados_errors import LOSSES
 from nova_imagecache.backends._rbd_connection import Address, Connection, hold, release
 from nova_imagecache.backends.rbd import RbdBackend
@@ -141,6 +142,33 @@ def test_time_limits_make_no_second_connection(ceph: CephCluster, tmp_path: Path
         assert float(made[0].conf_get(option)) == 3
     patient.close()
     hasty.close()
+
+
+def test_an_image_is_closed_in_turn(ceph: CephCluster) -> None:
+    """Librbd may still be at work on one that it says is open: closing waits for it, as it does for any callback."""
+    connection = hold(Address(conf=str(ceph.conf), user="nova"), 5)
+    ioctx = connection.pool("vms")
+    _rados.create(ioctx, "turns", 4096, 1)
+    number = _rbd_look.named(ioctx, "turns")
+    assert number is not None
+    for opened in (_rbd_look.opened(ioctx, "turns"), _rbd_look.opened_by_id(ioctx, number)):
+        begun, held = threading.Event(), threading.Event()
+
+        def hold_turn(*_: object, begun: threading.Event = begun, held: threading.Event = held) -> None:
+            begun.set()
+            held.wait(30)
+
+        with ThreadPoolExecutor(1) as threads:
+            opened.__enter__()
+            ioctx.aio_read("rbd_directory", 1, 0, hold_turn)
+            assert begun.wait(30)
+            closing = threads.submit(opened.__exit__, None, None, None)
+            with pytest.raises(TimeoutError):
+                closing.result(0.3)
+            held.set()
+            closing.result(30)
+    _rados.remove(ioctx, "turns")
+    release(connection)
 
 
 def test_a_pool_is_opened_once(ceph: CephCluster) -> None:

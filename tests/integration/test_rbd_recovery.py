@@ -231,7 +231,7 @@ def _forget_signs(ceph: CephCluster) -> None:
     _, rbd = bindings()
     with ceph.pool("vms") as ioctx:
         for name in _signs(ceph):
-            with rbd.Image(ioctx, name, read_only=True) as image:
+            with pool.reading(ioctx, name) as image:
                 header = f"rbd_header.{image.id()}"
             ioctx.remove_object(header)
             rbd.RBD().remove(ioctx, name)

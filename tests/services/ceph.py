@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -58,6 +59,7 @@ class CephCluster:
         self._osd_uuid = ""
         self._starter: ThreadPoolExecutor | None = None
         self._daemons: dict[str, Daemon] = {}
+        self._clients: dict[tuple[object, ...], Any] = {}
 
     def __enter__(self) -> Self:
         self.start()
@@ -96,20 +98,26 @@ class CephCluster:
 
     @contextlib.contextmanager
     def client(self, user: str = "admin", **options: str) -> Iterator[Any]:
-        """A connected rados.Rados; ``options`` are Ceph's, such as rados_osd_op_timeout="1"."""
-        rados, _ = bindings()
-        connection = rados.Rados(conffile=str(self.conf), name=f"client.{user}", conf=options)
-        try:
+        """A connected rados.Rados; ``options`` are Ceph's, such as rados_osd_op_timeout="1".
+
+        Those who ask for the same share one, which lives as long as the cluster.
+        """
+        key = (os.getpid(), user, *sorted(options.items()))
+        if key not in self._clients:
+            rados, _ = bindings()
+            connection = rados.Rados(conffile=str(self.conf), name=f"client.{user}", conf=options)
             connection.connect()
-            yield connection
-        finally:
-            connection.shutdown()
+            self._clients[key] = connection
+        yield self._clients[key]
 
     @contextlib.contextmanager
     def pool(self, pool: str, user: str = "admin", **options: str) -> Iterator[Any]:
-        """An open rados.Ioctx of the pool, on a connection of its own."""
-        with self.client(user, **options) as connection, connection.open_ioctx(pool) as ioctx:
-            yield ioctx
+        """An open rados.Ioctx of the pool."""
+        with self.client(user, **options) as connection:
+            # a pool that was deleted and made again has another number
+            connection.wait_for_latest_osdmap()
+            with connection.open_ioctx(pool) as ioctx:
+                yield ioctx
 
     def glance_store_options(self) -> dict[str, str]:
         """What Glance's store of type rbd needs to keep images in the pool images."""
@@ -165,6 +173,8 @@ class CephCluster:
 
     def _end(self, end: Callable[[Daemon], None]) -> None:
         atexit.unregister(self.stop)
+        while self._clients:
+            self._clients.popitem()[1].shutdown()
         for name in ("osd", "mgr", "mon"):
             if name in self._daemons:
                 end(self._daemons[name])
@@ -226,9 +236,11 @@ class CephCluster:
     def auth_caps(self, user: str, **caps: str) -> None:
         """Replace all of the user's capabilities: ``auth_caps("nova", mon="profile rbd", osd="profile rbd pool=vms")``.
 
-        A connection that is open goes on with the old ones.
+        A connection that is open goes on with the old ones; those of ``client`` are not, but for those in use.
         """
         self.command("auth caps", entity=f"client.{user}", caps=_pairs(caps))
+        for key in [key for key in self._clients if key[1] == user]:
+            self._clients.pop(key).shutdown()
 
     def reset_caps(self, user: str) -> None:
         """Give admin, glance or nova the capabilities back that they began with."""

@@ -45,6 +45,9 @@ SEAMS = (
 TRASH = "rbd_trash"
 """The object that lists what is in a pool's trash."""
 
+_TURN = 120.0
+"""Seconds: more than Ceph's own time limit for the read."""
+
 _PACKAGES = "Install Ceph's bindings for this Python (Debian: python3-rados and python3-rbd; they are not on PyPI)"
 
 
@@ -53,6 +56,7 @@ class Ioctx(Protocol):
 
     def get_pool_id(self) -> int: ...
     def read(self, key: str, length: int = ..., offset: int = ...) -> bytes: ...
+    def aio_read(self, key: str, length: int, offset: int, oncomplete: Callable[..., None]) -> object: ...
     def close(self) -> None: ...
 
 
@@ -117,6 +121,23 @@ def close_image(image: Image, name: str | None = None) -> None:
     """Close the image; what was written before is flushed."""
     with answers(f"close {name or 'an image'}"):
         image.close()
+
+
+def close_unwritten(ioctx: Ioctx, image: Image) -> None:
+    """Close an image of this pool that was opened for reading only.
+
+    librbd looks at an image once more after it has said that it is open (16.2, ImageState::complete_action_unlock):
+    closed at once it would be freed under that look, and the process aborts. What opens images and what calls back take
+    turns on a connection, so that when a callback comes the look is over. Closing an image that is open for writing
+    waits for its turn without that.
+    """
+    over = threading.Event()
+    with answers("wait for a turn"):
+        ioctx.aio_read(TRASH, 1, 0, lambda *_: over.set())
+    if over.wait(_TURN):
+        close_image(image)
+    else:
+        abandon(image)
 
 
 def abandon(image: Image) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
-from nova_imagecache.backends._rados import answers, bindings, close_image, encoded
+from nova_imagecache.backends._rados import answers, bindings, close_unwritten, encoded
 from nova_imagecache.backends._rados_errors import NotThereError, error_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def opened(ioctx: Ioctx, name: str, *, snapshot: str | None = None) -> Iterator[
     try:
         yield image
     finally:
-        close_image(image)
+        close_unwritten(ioctx, image)
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def opened_by_id(ioctx: Ioctx, image_id: str) -> Iterator[Image]:
     try:
         yield image
     finally:
-        close_image(image)
+        close_unwritten(ioctx, image)
 
 
 def named(ioctx: Ioctx, name: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from nova_imagecache import _fs, _qemu
+from nova_imagecache import _entries, _fs, _qemu
 from nova_imagecache.backends import (
     BackendProperties,
     BaseImage,
@@ -46,7 +46,7 @@ class FileBackend(RecoverableDisks):
             self._still_there(base)
             copy = _fs.create(target, 0o600)
             try:
-                _fs.copy_content(source, copy)
+                _fs.copy_content(source, copy, check=_entries.go_on)
                 if base.format == "raw":
                     _fs.truncate(copy, size)
             finally:
