@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
+from harness import places, spawned
 from harness import rbd as pool
 from harness.waiting import until
 from nova_imagecache.backends import Backend, BackendPaths, RbdLocation, RootDisk
@@ -22,25 +22,12 @@ from services.require import require
 
 pytestmark = pytest.mark.services
 
-_CHILD = """
-import json, sys
-from pathlib import Path
-from nova_imagecache.backends import BackendPaths
-from nova_imagecache.testing import FaultPlan
-from contract import test_rbd_contract
-values = json.loads(sys.argv[1])
-contract = getattr(test_rbd_contract, values["contract"])()
-contract.given = values["options"]
-paths = BackendPaths(root=Path(values["root"]), disks_dir=Path(values["disks_dir"]))
-contract.child(values["action"], paths, FaultPlan.from_spec(values["plan"]))
-"""
-
 
 @pytest.fixture(scope="module")
 def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CephCluster]:
     """A cluster whose pool vms is this module's alone: it is emptied again and again."""
     require(ceph_bindings.missing())
-    with CephCluster(tmp_path_factory.mktemp("ceph")) as cluster:
+    with places.quick(tmp_path_factory.mktemp("ceph")) as directory, CephCluster(directory / "ceph") as cluster:
         yield cluster
 
 
@@ -125,17 +112,16 @@ class OnRbd(CrashContract):
 
     def act_in_child(self, action: str, paths: BackendPaths, plan: FaultPlan) -> None:
         living = pool.watchers(self.ceph)
-        values = {
-            "contract": type(self).__name__,
-            "options": self.given,
-            "root": str(paths.root),
-            "disks_dir": str(paths.disks_dir),
-            "action": action,
-            "plan": plan.spec(),
-        }
-        pool.spawn(f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n{_CHILD}", json.dumps(values))
+        spawned.run("contract.test_rbd_contract", "act", type(self).__name__, self.given, action, paths, plan.spec())
         # Ceph would take the dead client for a live one for some seconds
         pool.bury(self.ceph, living)
+
+
+def act(contract: str, given: dict[str, Any], action: str, paths: BackendPaths, plan: str) -> None:
+    """What the other process does."""
+    kept = globals()[contract]()
+    kept.given = given
+    kept.child(action, paths, FaultPlan.from_spec(plan))
 
 
 class TestRbd(OnRbd, BackendContract):

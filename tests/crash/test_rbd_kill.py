@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import places
 from harness import rbd as pool
 from harness.images import raw
 from nova_imagecache import CacheConfig, ImageCache
@@ -53,7 +54,7 @@ with ImageCache(config, source=source, backend=pool.from_spec(sys.argv[1])) as c
 def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CephCluster]:
     """A cluster for this module alone."""
     require(ceph_bindings.missing())
-    with CephCluster(tmp_path_factory.mktemp("ceph")) as cluster:
+    with places.quick(tmp_path_factory.mktemp("ceph")) as directory, CephCluster(directory / "ceph") as cluster:
         yield cluster
 
 

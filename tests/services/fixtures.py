@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from harness import places
 from services import ceph_bindings, libvirtd
 from services import glance as glance_service
 from services.ceph import CephCluster
@@ -27,7 +28,7 @@ def glance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GlanceServer]:
 def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CephCluster]:
     """A real Ceph cluster in memory; tests tell their images apart by name, and leave it as they found it."""
     require(ceph_bindings.missing())
-    with CephCluster(tmp_path_factory.mktemp("ceph")) as cluster:
+    with places.quick(tmp_path_factory.mktemp("ceph")) as directory, CephCluster(directory / "ceph") as cluster:
         yield cluster
 
 
