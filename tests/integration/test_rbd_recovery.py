@@ -15,8 +15,8 @@ import pytest
 from harness import rbd as pool
 from harness.images import raw
 from nova_imagecache import BackendError, CacheConfig, ImageCache
-from nova_imagecache.backends import _rbd_owner
-from nova_imagecache.backends._rados_errors import NotThereError
+from nova_imagecache.backends import _rados, _rbd_owner
+from nova_imagecache.backends._rados_errors import BusyError, NotThereError
 from nova_imagecache.backends._rbd_store import GOING, RECORD
 from nova_imagecache.backends.rbd import RbdBackend
 from nova_imagecache.testing import FakeSource
@@ -205,6 +205,27 @@ def test_the_sign_of_life_is_not_looked_at_for_each_disk(cache: ImageCache, monk
     for number in range(4):
         cache.create_root_disk("img", f"vm-{number}")
     assert looks == []
+
+
+def test_a_dead_sign_that_another_sweeps_as_well(
+    ceph: CephCluster, backend: RbdBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who removes an image has it open meanwhile: that is no sign of life."""
+    make(ceph, "staging._owner.0123abcd")
+    tries = []
+    remove = _rados.remove
+
+    def remove_later(ioctx: Any, name: str) -> None:
+        tries.append(name)
+        if len(tries) == 1:
+            raise BusyError("watchers")
+        remove(ioctx, name)
+
+    monkeypatch.setattr(_rados, "remove", remove_later)
+    assert backend.recover().alive == ()
+    assert tries == ["staging._owner.0123abcd"] * 2
+    assert _signs(ceph) == []
+    backend.close()
 
 
 def test_a_writer_that_nobody_ended(ceph: CephCluster, tmp_path: Path) -> None:

@@ -183,8 +183,12 @@ class RecoverableRbd(AttachableDisks):
             notes.removed.append(f"staging/{name}")
 
     def _sweep_owner(self, name: str) -> None:
-        if not self.store.owner.is_own(name) and not self.store.owner.signs(name):
-            _rados.remove(self.store.io, name)
+        def sweep() -> None:
+            if not self.store.owner.is_own(name) and not self.store.owner.signs(name):
+                _rados.remove(self.store.io, name)
+
+        # another who sweeps has it open for a moment
+        self.store.patiently(sweep)
 
     # --- under a base's name
 
