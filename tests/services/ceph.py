@@ -236,7 +236,7 @@ class CephCluster:
     def auth_caps(self, user: str, **caps: str) -> None:
         """Replace all of the user's capabilities: ``auth_caps("nova", mon="profile rbd", osd="profile rbd pool=vms")``.
 
-        A connection that is open goes on with the old ones; those of ``client`` are not, but for those in use.
+        A connection that is open goes on with the old ones; ``client`` gives a new one.
         """
         self.command("auth caps", entity=f"client.{user}", caps=_pairs(caps))
         for key in [key for key in self._clients if key[1] == user]:

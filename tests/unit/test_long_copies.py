@@ -18,6 +18,7 @@ MIB = 1 << 20
 COPIES: dict[str, tuple[str, Callable[..., Any]]] = {
     "create_root_disk": ("file", lambda cache, path, **call: cache.create_root_disk("img", path.name, **call)),
     "copy_base": ("link", lambda cache, path, **call: cache.copy_base("img", path, **call)),
+    "ensure_base": ("link", lambda cache, _path, **call: cache.ensure_base("twin", **call)),
 }
 
 
@@ -25,7 +26,8 @@ COPIES: dict[str, tuple[str, Callable[..., Any]]] = {
 def copying(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Rig, ImageCache, Callable[..., Any]]:
     """A cache that has the image, and a call that copies it."""
     kind, copy = COPIES[request.param]
-    rig = Rig(tmp_path, kind, {"img": dense("long", 4 * MIB)})
+    sample = dense("long", 4 * MIB)
+    rig = Rig(tmp_path, kind, {"img": sample, "twin": sample})
     cache = rig.cache()
     cache.ensure_base("img")
     return rig, cache, copy
@@ -48,8 +50,10 @@ def in_pieces(monkeypatch: pytest.MonkeyPatch, piece: Callable[[], None]) -> lis
 
 
 def files(rig: Rig) -> list[Path]:
-    """Everything below the disks and beside the copies."""
-    return sorted(path for path in [*rig.disks.rglob("*"), *rig.dir.glob("copy*")] if path.is_file())
+    """What was made of the base: disks, copies, the base of its twin, and what is unfinished."""
+    below = [rig.disks, rig.root / "bases" / "twin", rig.root / "staging"]
+    found = [path for directory in below for path in directory.rglob("*")]
+    return sorted(path for path in [*found, *rig.dir.glob("copy*")] if path.is_file())
 
 
 def test_a_cancel_ends_it(copying: tuple[Rig, ImageCache, Callable[..., Any]], monkeypatch: pytest.MonkeyPatch) -> None:
