@@ -56,30 +56,51 @@ def translated(make: Callable[[str], ImageCacheError]) -> Iterator[None]:
         raise make(f"{type(err).__name__}: {err}") from err
 
 
+class _Call:
+    """Around one call of a backend. A pass makes tens of thousands, so it is no generator's context."""
+
+    __slots__ = ("_backend", "_disk_id", "_image_id", "_operation", "_start")
+
+    def __init__(self, backend: str, operation: str, image_id: str | None, disk_id: str | None) -> None:
+        self._backend = backend
+        self._operation = operation
+        self._image_id = image_id
+        self._disk_id = disk_id
+
+    def __enter__(self) -> None:
+        self._start = time.monotonic()
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: object) -> None:
+        if _log.isEnabledFor(logging.DEBUG):
+            took = (time.monotonic() - self._start) * 1000
+            _log.debug("%s.%s %s: %.1f ms", self._backend, self._operation, self._image_id, took)
+        if not isinstance(err, Exception):
+            return
+        try:
+            with translated(self._error):
+                raise err
+        except ImageCacheError as ours:
+            # plug-ins need not repeat what the core knows
+            ours.image_id = ours.image_id or self._image_id
+            ours.disk_id = ours.disk_id or self._disk_id
+            ours.stage = ours.stage or self._operation
+            if isinstance(ours, BackendError):
+                ours.backend = ours.backend or self._backend
+            if ours is not err:
+                raise
+
+    def _error(self, text: str) -> ImageCacheError:
+        detail = f"backend {self._backend} failed in {self._operation}: {text}"
+        ids = {"image_id": self._image_id, "disk_id": self._disk_id}
+        return BackendError(detail, backend=self._backend, stage=self._operation, **ids)
+
+
 class _Guard:
     def __init__(self, name: str) -> None:
         self._name = name
 
-    @contextmanager
-    def _call(self, operation: str, image_id: str | None = None, disk_id: str | None = None) -> Iterator[None]:
-        def make(text: str) -> ImageCacheError:
-            detail = f"backend {self._name} failed in {operation}: {text}"
-            return BackendError(detail, backend=self._name, image_id=image_id, disk_id=disk_id, stage=operation)
-
-        start = time.monotonic()
-        try:
-            with translated(make):
-                yield
-        except ImageCacheError as err:
-            # plug-ins need not repeat what the core knows
-            err.image_id = err.image_id or image_id
-            err.disk_id = err.disk_id or disk_id
-            err.stage = err.stage or operation
-            if isinstance(err, BackendError):
-                err.backend = err.backend or self._name
-            raise
-        finally:
-            _log.debug("%s.%s %s: %.1f ms", self._name, operation, image_id, (time.monotonic() - start) * 1000)
+    def _call(self, operation: str, image_id: str | None = None, disk_id: str | None = None) -> _Call:
+        return _Call(self._name, operation, image_id, disk_id)
 
 
 class GuardedWriter(_Guard, BaseWriter):

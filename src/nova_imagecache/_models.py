@@ -55,11 +55,11 @@ class Digest:
     value: str
 
     def __post_init__(self) -> None:
-        if self.algorithm not in list(DIGEST_ALGORITHMS):  # a list also compares what cannot be hashed
+        if not isinstance(self.algorithm, str) or self.algorithm not in DIGEST_ALGORITHMS:
             raise InvalidRequestError(f"digest algorithm {self.algorithm!r} is none of {', '.join(DIGEST_ALGORITHMS)}")
         object.__setattr__(self, "value", str(self.value).lower())
         length = DIGEST_ALGORITHMS[self.algorithm]
-        if len(self.value) != length or not set(self.value) <= set(string.hexdigits):
+        if len(self.value) != length or self.value.strip(string.hexdigits):
             raise InvalidRequestError(f"a {self.algorithm} digest has {length} hexadecimal digits: {self.value!r}")
 
     def __str__(self) -> str:

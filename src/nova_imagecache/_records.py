@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
-from types import UnionType
 from typing import Any
 
 from nova_imagecache._models import BaseRecord, Digest, Reference
@@ -57,8 +56,8 @@ def load_base(data: bytes) -> BaseRecord:
         raise RecordError(str(err)) from err
     _expect(record, str, "image_id", "format", "source_format", "evidence", "made_by", "source")
     _expect(record, int, "virtual_size", "size", "source_size", "inspector")
-    _expect(record, int | float, "fetched_at")
-    _expect(record, Digest | None, "source_digest")
+    _expect(record, (int, float), "fetched_at")
+    _expect(record, (Digest, type(None)), "source_digest")
     return record
 
 
@@ -75,8 +74,8 @@ def load_disk(data: bytes) -> DiskRecord:
         raise RecordError(str(err)) from err
     _expect(record, str, "image_id", "format", "reference", "base_format")
     _expect(record, int, "created_size")
-    _expect(record, int | float, "made_at")
-    _expect(record, Digest | None, "digest")
+    _expect(record, (int, float), "made_at")
+    _expect(record, (Digest, type(None)), "digest")
     return record
 
 
@@ -104,10 +103,11 @@ def _load(data: bytes, cls: type[BaseRecord | DiskRecord]) -> dict[str, Any]:
     return values
 
 
-def _expect(record: BaseRecord | DiskRecord, kind: type | UnionType, *names: str) -> None:
+def _expect(record: BaseRecord | DiskRecord, kind: type | tuple[type, ...], *names: str) -> None:
     for name in names:
         if not isinstance(getattr(record, name), kind):
-            raise RecordError(f"{name} is no {getattr(kind, '__name__', kind)}")
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            raise RecordError(f"{name} is no {' or '.join(each.__name__ for each in kinds)}")
 
 
 _FIELDS = {cls: frozenset(f.name for f in fields(cls)) for cls in (BaseRecord, DiskRecord)}

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_RECORD = 8192
+"""Bytes that hold any record we write, so that one read is enough."""
+
 
 class FileBases(Backend):
     """The bases' half of a backend on files."""
@@ -127,8 +130,7 @@ class FileBases(Backend):
         # a published record never changes, so its inode and mtime stand for its content
         parsed = self._parsed.get(image_id)
         if parsed is None or parsed[0] != key:
-            with open(f"{directory}/base.json", "rb") as file:  # noqa: PTH123 - as above
-                parsed = (key, _records.load_base(file.read()))
+            parsed = (key, _records.load_base(_read_bytes(f"{directory}/base.json")))
             self._parsed[image_id] = parsed
         return parsed[1]
 
@@ -317,8 +319,10 @@ class FileBases(Backend):
             blocks = os.stat(directory).st_blocks  # noqa: PTH116 - likewise
             with os.scandir(directory) as entries:
                 for entry in entries:
-                    with suppress(FileNotFoundError):  # a mark that was taken away meanwhile
+                    try:
                         blocks += entry.stat(follow_symlinks=False).st_blocks
+                    except FileNotFoundError:  # a mark that was taken away meanwhile
+                        continue
         except FileNotFoundError:
             raise BaseNotFoundError(image_id=base.image_id, stage="usage") from None
         return DiskUsage(virtual_size=base.virtual_size, allocated=blocks * 512)
@@ -399,7 +403,12 @@ def _path(base: BaseImage) -> Path:
 def _read_bytes(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.read(fd, 1 << 20)
+        # records are small, and a large buffer is mapped and unmapped each time
+        data = piece = os.read(fd, _RECORD)
+        while len(piece) == _RECORD:
+            piece = os.read(fd, _RECORD)
+            data += piece
+        return data
     finally:
         os.close(fd)
 
