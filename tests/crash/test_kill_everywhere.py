@@ -22,6 +22,7 @@ from harness.rig import KINDS, Rig
 from harness.waiting import until
 from nova_imagecache import BaseNotFoundError, DiskExistsError, FileLocation, ImageCacheError
 from nova_imagecache.testing import FaultPlan, Step
+from nova_imagecache.testing._faults import When
 
 SIZE = 4 * MIB
 OLD = images.raw("old bytes of the id")
@@ -284,23 +285,31 @@ def _again(operation: Operation, rig: Rig) -> None:
         operation.act(rig)
 
 
-class Beginnings:
-    """What an operation starts from, made once and copied to the same place again and again: paths are in it."""
+class Moment:
+    """A cache as it was at one moment, copied to the same place again and again: paths are in it."""
 
-    def __init__(self, operation: Operation, directory: Path, kind: str) -> None:
-        self._master = directory / "master"
-        self.rig = Rig(directory / "rig", kind, SAMPLES)
-        self.rig.dir.mkdir()
-        operation.prepare(self.rig)
-        self.rig.dir.rename(self._master)
+    def __init__(self, rig: Rig, kept: Path) -> None:
+        self._rig = rig
+        self._kept = kept
+        if kept.exists():
+            shutil.rmtree(kept)
+        rig.dir.rename(kept)
 
     def again(self) -> Rig:
-        """The cache as it was at the beginning."""
-        if self.rig.dir.exists():
-            shutil.rmtree(self.rig.dir)
+        """The cache as it was then."""
+        if self._rig.dir.exists():
+            shutil.rmtree(self._rig.dir)
         # hard links stay links
-        subprocess.run(["cp", "-a", str(self._master), str(self.rig.dir)], check=True)
-        return self.rig
+        subprocess.run(["cp", "-a", str(self._kept), str(self._rig.dir)], check=True)
+        return self._rig
+
+
+def _beginning(operation: Operation, directory: Path, kind: str) -> Moment:
+    """What the operation starts from."""
+    rig = Rig(directory / "rig", kind, SAMPLES)
+    rig.dir.mkdir()
+    operation.prepare(rig)
+    return Moment(rig, directory / "beginning")
 
 
 def _steps(operation: Operation, rig: Rig) -> tuple[Step, ...]:
@@ -316,18 +325,19 @@ def _steps(operation: Operation, rig: Rig) -> tuple[Step, ...]:
 def test_kill_at_every_step(name: str, kind: str, quick_path: Path) -> None:
     """Whatever step a process dies at: all that is there is whole, the same call works, recover() leaves no litter."""
     operation = OPERATIONS[name]
-    beginnings = Beginnings(operation, quick_path, kind)
-    steps = _steps(operation, beginnings.again())
+    beginning = _beginning(operation, quick_path, kind)
+    steps = _steps(operation, beginning.again())
     assert steps, "the operation takes no step that a plan sees"
-    moments = [(step, "before") for step in steps] + [(steps[-1], "after")]
-    for step, moment in moments:
+    deaths: list[tuple[Step, When]] = [(step, "before") for step in steps]
+    for step, moment in [*deaths, (steps[-1], "after")]:
+        rig = beginning.again()
+        when = f"{name} with {kind}, killed {moment} step {step}"
+        plan = FaultPlan().kill(step.index, when=moment)
+        killed = run_to_death(partial(_under, plan, operation.act, rig), when)
+        assert killed, f"{when}: that step was not reached"
+        death = Moment(rig, quick_path / "death")
         for recover_first in (False, True):
-            rig = beginnings.again()
-            plan = FaultPlan().kill(step.index, when="before" if moment == "before" else "after")
-            when = f"{name} with {kind}, killed {moment} step {step}"
-            killed = run_to_death(partial(_under, plan, operation.act, rig), when)
-            assert killed, f"{when}: that step was not reached"
-            _judge(operation, rig, when, recover_first=recover_first)
+            _judge(operation, death.again(), when, recover_first=recover_first)
 
 
 def _judge(operation: Operation, rig: Rig, when: str, *, recover_first: bool) -> None:
