@@ -45,8 +45,9 @@ class Child(Generic[_T]):
         self.wait()
 
     def suspend(self) -> None:
-        """SIGSTOP."""
+        """SIGSTOP; returns when all of its threads stand still."""
         self._signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """SIGCONT."""

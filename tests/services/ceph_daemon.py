@@ -49,6 +49,9 @@ class Daemon:
     def pause(self) -> None:
         """Stop it where it is: its connections stay open and nobody answers."""
         self._signal(signal.SIGSTOP)
+        assert self._process is not None
+        # kill(2) returns while other threads of it may still be working; the parent is told when all of them stand
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """Take ``pause`` back."""
