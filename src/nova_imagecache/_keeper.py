@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nova_imagecache import _cleanup, _entries, _extents, _fs, _space
 from nova_imagecache.exceptions import BaseNotFoundError, ImageCacheError, NoSpaceError
@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from nova_imagecache._passes import Passes
 
 _NAME = "reserved"
+_RECOUNTS = 32
 _log = logging.getLogger(__name__)
+
+
+class _Counted(NamedTuple):
+    """What all bases take, and ``Root.bases_changed`` before they were counted."""
+
+    changed: int | None
+    bases: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +64,7 @@ class Keeper:
             NoSpaceError: it cannot fit, whatever is evicted; with what stands in the way.
         """
         refusal = self._try(image_id, entry, needed, stage)
-        if refusal is not None:
-            _entries.sweep(self.root.staging)
-            # also where nothing was swept: what is published while it is counted is counted twice
+        if refusal is not None and _entries.sweep(self.root.staging)[0]:
             refusal = self._try(image_id, entry, needed, stage)
         if refusal is not None and refusal.limit != "max_bytes" and self._recover():
             refusal = self._try(image_id, entry, needed, stage)
@@ -139,34 +145,46 @@ class Keeper:
 
     def _reserve(self, image_id: str, entry: Path, needed: int, stage: str) -> None:
         # outside the lock, and again inside only where a base came or went meanwhile
-        changed = self.root.bases_changed()
-        bases = self._bases() if self.policy.max_bytes is not None else 0
+        counted = _Counted(self.root.bases_changed(), self._bases() if self.policy.max_bytes is not None else 0)
         with self.locks.admission():
-            mine, others, written = self._promised(entry)
-            capacity = self.backend.capacity()
-            taken = 0
-            if self.policy.max_bytes is not None:
-                if changed is None or changed != self.root.bases_changed():
-                    bases = self._bases()
-                taken = bases + written + others
-            _space.admit(
-                needed,
-                capacity=capacity,
-                promised=others,
-                taken=taken,
-                policy=self.policy,
-                image_id=image_id,
-                stage=stage,
-            )
+            for attempt in range(_RECOUNTS):
+                names = _entries.names(self.root.staging)
+                mine, others, written = self._promised(entry, names)
+                capacity = self.backend.capacity()
+                taken = self._taken(counted) + written + others if self.policy.max_bytes is not None else 0
+                try:
+                    _space.admit(
+                        needed,
+                        capacity=capacity,
+                        promised=others,
+                        taken=taken,
+                        policy=self.policy,
+                        image_id=image_id,
+                        stage=stage,
+                    )
+                    break
+                except NoSpaceError:
+                    # what is published while it is counted is counted twice; nobody is admitted meanwhile, so that ends
+                    published = set(names).difference(_entries.names(self.root.staging))
+                    if not published or attempt == _RECOUNTS - 1:
+                        raise
             path = entry / _NAME
             _fs.unlink(path)
             _fs.write_file(path, str(mine + needed).encode(), 0o600)
 
-    def _promised(self, own: Path) -> tuple[int, int, int]:
-        """(what our own fetch has written, what others may still write, what all have written), in bytes."""
+    def _taken(self, counted: _Counted) -> int:
+        """What all bases take: as they were counted, where none came or went since."""
+        if counted.changed is not None and counted.changed == self.root.bases_changed():
+            return counted.bases
+        return self._bases()
+
+    def _promised(self, own: Path, names: Sequence[str]) -> tuple[int, int, int]:
+        """(what our own fetch has written, what others may still write, what all have written), in bytes; ``names``
+        are staging's entries.
+        """
         written: dict[str, int] = {}
         promised: dict[str, int] = {}
-        for name in _entries.names(self.root.staging):
+        for name in names:
             path = self.root.staging / name
             image_id = name.rpartition(".")[0]
             # what is not on this host takes nothing of the storage's space

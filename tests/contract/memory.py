@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import pytest
+
 from nova_imagecache.backends import Backend, BackendPaths, RootDisk
 from nova_imagecache.testing import BackendContract, MemoryBackend, MemoryStorage
 
@@ -25,6 +27,12 @@ class MemoryContract(BackendContract):
     @cached_property
     def storages(self) -> dict[Path, MemoryStorage]:
         return {}
+
+    @pytest.fixture(autouse=True)
+    def _forget(self) -> Iterator[None]:
+        """Pytest keeps the objects of test classes until the end of the run, and every fork copies what they hold."""
+        yield
+        self.storages.clear()
 
     def make_backend(self, paths: BackendPaths) -> Backend:
         return self.backend_class({}, paths, storage=self.storages.setdefault(paths.root, MemoryStorage()))

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from harness import places
 from harness.children import child
 from harness.images import MIB
 from harness.rig import Rig
-from harness.upkeep import DAY, HOUR, MINUTE, Clock, Events, dense, last_used, names, open_cache
+from harness.upkeep import DAY, HOUR, MINUTE, Clock, Events, allocated, dense, last_used, names, open_cache
 from harness.waiting import Gate
-from nova_imagecache import BaseImage, DeadlineError, DiskUsage, DiskUser, ImageCache, NoSpaceError, Pin
+from nova_imagecache import BaseImage, Capacity, DeadlineError, DiskUsage, DiskUser, ImageCache, NoSpaceError, Pin
 from nova_imagecache._engine import Engine
 from nova_imagecache.testing import FaultPlan
 
@@ -153,11 +154,14 @@ def test_a_damaged_reservation_stops_nobody(rig: Rig, held: Held) -> None:
     engine.keeper.reserve("img-1", held.entry(engine, "img-1"), MIB, "admission")
 
 
-def test_free_space_that_others_will_write_to_is_not_given_away(rig: Rig, held: Held) -> None:
+def test_free_space_that_others_will_write_to_is_not_given_away(
+    rig: Rig, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """min_free_bytes is kept by the sum of all promises, not by what is free now."""
-    engine = _engine(rig)
-    free = engine.backend.capacity().free
-    engine = _engine(rig, min_free_bytes=free - 64 * MIB)
+    engine = _engine(rig, min_free_bytes=256 * MIB)
+    # others write to this filesystem, too
+    capacity = replace(engine.backend.capacity(), free=320 * MIB)
+    monkeypatch.setattr(engine.backend, "capacity", lambda: capacity)
     engine.keeper.reserve("img-0", held.entry(engine, "img-0"), 40 * MIB, "admission")
     with pytest.raises(NoSpaceError) as caught:
         engine.keeper.reserve("img-1", held.entry(engine, "img-1"), 40 * MIB, "admission")
@@ -178,6 +182,31 @@ def test_a_published_base_is_not_counted_twice(rig: Rig) -> None:
             published.release()
         first.result(60)
     assert names(cache) == {"img-0", "img-1"}
+
+
+def test_bases_that_are_published_while_they_are_counted(rig: Rig, held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other is published between a look at staging and one at the bases: what fits is let in."""
+    engine = _engine(rig, max_bytes=5 * MIB + TIGHT)
+    cache = rig.cache()
+    staged = []
+    for number in range(4):
+        image_id = f"img-{number}"
+        cache.ensure_base(image_id)
+        parked = held.entry(engine, image_id) / "parked"
+        (rig.root / "bases" / image_id).rename(parked)
+        staged.append((parked, rig.root / "bases" / image_id))
+    capacity = engine.backend.capacity
+
+    def publish_one() -> Capacity:
+        if staged:
+            parked, final = staged.pop()
+            parked.rename(final)
+            parked.parent.rmdir()
+        return capacity()
+
+    monkeypatch.setattr(engine.backend, "capacity", publish_one)
+    engine.keeper.reserve("img-5", held.entry(engine, "img-5"), MIB, "admission")
+    assert staged == []
 
 
 # --- eviction
@@ -367,7 +396,7 @@ def test_litter_goes_before_bases_do(rig: Rig) -> None:
     assert list(rig.root.glob("staging/*")) == []
 
 
-def test_removals_that_died_go_before_bases_do(rig: Rig) -> None:
+def test_removals_that_died_go_before_bases_do(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies in the trash takes room as litter in staging does: it is swept, and that is enough."""
     clock = Clock()
     engine = _cold(rig, clock, "img-0", "img-1")._engine
@@ -376,9 +405,13 @@ def test_removals_that_died_go_before_bases_do(rig: Rig) -> None:
     with child(lambda: rig.backend().retire_base(base) and None) as process:
         process.result()
     assert len(list(rig.root.glob("trash/img-1.*"))) == 1
-    capacity = engine.backend.capacity()
-    # what is free now is not enough, and what the trash holds is
-    cache = open_cache(rig, clock, min_free_bytes=capacity.free - MIB // 4)
+    # what is free now is not enough, and with what the trash holds it is; others write to this filesystem, too
+    size = allocated(rig.root) + MIB // 4
+    cache = open_cache(rig, clock)
+    capacity = cache._engine.backend.capacity
+    monkeypatch.setattr(
+        cache._engine.backend, "capacity", lambda: replace(capacity(), free=max(size - allocated(rig.root), 0))
+    )
     cache.ensure_base("img-2")
     assert names(cache) == {"img-0", "img-2"}
     assert list(rig.root.glob("trash/*")) == []
