@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -63,6 +64,16 @@ def _ensure(image_id: str) -> Callable[[Rig], object]:
 
 def _create(image_id: str) -> Callable[[Rig], object]:
     return lambda rig: rig.cache().create_root_disk(image_id, "vm", size=SIZE)
+
+
+def _make_and_remove_disk(image_id: str) -> Callable[[Rig], object]:
+    """The base is there, and what is made with the first of its disks."""
+
+    def prepare(rig: Rig) -> None:
+        _create(image_id)(rig)
+        rig.cache().remove_root_disk("vm")
+
+    return prepare
 
 
 def _has_base(image_id: str) -> Callable[[Rig, str], None]:
@@ -209,9 +220,12 @@ OPERATIONS = {
     "ensure-converted": Operation(act=_ensure("packed"), kinds=("link",), done=_has_base("packed")),
     "ensure-native": Operation(act=_ensure("packed"), kinds=("link-native",), done=_has_base("packed")),
     "create-cold": Operation(act=_create("img"), kinds=("link",), done=_has_disk),
+    "create-first": Operation(
+        act=_create("packed"), prepare=_ensure("packed"), kinds=("link", "path", "link-native"), done=_has_disk
+    ),
     "create-warm": Operation(
         act=_create("packed"),
-        prepare=_ensure("packed"),
+        prepare=_make_and_remove_disk("packed"),
         kinds=(*ALL, "link-native", "path-native", "file-native"),
         done=_has_disk,
     ),
@@ -312,13 +326,46 @@ def _beginning(operation: Operation, directory: Path, kind: str) -> Moment:
     return Moment(rig, directory / "beginning")
 
 
-def _steps(operation: Operation, rig: Rig) -> tuple[Step, ...]:
-    with FaultPlan() as plan:
+class Watch(FaultPlan):
+    """Sees what a directory holds before each step."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._directory = directory
+        self.states: list[list[tuple[object, ...]]] = []
+
+    def _count(self, name: str, targets: tuple[str, ...]) -> list[int]:
+        self.states.append(_state(self._directory))
+        return super()._count(name, targets)
+
+
+def _state(directory: Path) -> list[tuple[object, ...]]:
+    """All that a death leaves: what is there, and what it holds."""
+    state: list[tuple[object, ...]] = []
+    for path in sorted(directory.rglob("*")):
+        try:
+            found = path.lstat()
+            content = path.read_bytes() if path.is_file() else b""
+        except FileNotFoundError:  # another thread is at work
+            continue
+        words = (found.st_ino, found.st_mode, found.st_nlink, found.st_uid, found.st_gid, found.st_size)
+        state.append((str(path), *words, found.st_mtime_ns, hashlib.blake2b(content).digest()))
+    return state
+
+
+def _deaths(operation: Operation, rig: Rig) -> list[tuple[Step, When]]:
+    """The steps to die at: a death leaves the same before two steps between which nothing has changed."""
+    with Watch(rig.dir) as watch:
         operation.act(rig)
     operation.done(rig, "undisturbed")
     rig.check("undisturbed")
     rig.check_tidy("undisturbed")
-    return plan.trace
+    assert watch.trace, "the operation takes no step that a plan sees"
+    before = [None, *watch.states]
+    deaths: list[tuple[Step, When]] = [
+        (step, "before") for step, was, state in zip(watch.trace, before, watch.states, strict=False) if was != state
+    ]
+    return [*deaths, (watch.trace[-1], "after")]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES, ids=[f"{name}-{kind}" for name, kind in CASES])
@@ -326,10 +373,7 @@ def test_kill_at_every_step(name: str, kind: str, quick_path: Path) -> None:
     """Whatever step a process dies at: all that is there is whole, the same call works, recover() leaves no litter."""
     operation = OPERATIONS[name]
     beginning = _beginning(operation, quick_path, kind)
-    steps = _steps(operation, beginning.again())
-    assert steps, "the operation takes no step that a plan sees"
-    deaths: list[tuple[Step, When]] = [(step, "before") for step in steps]
-    for step, moment in [*deaths, (steps[-1], "after")]:
+    for step, moment in _deaths(operation, beginning.again()):
         rig = beginning.again()
         when = f"{name} with {kind}, killed {moment} step {step}"
         plan = FaultPlan().kill(step.index, when=moment)

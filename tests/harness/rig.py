@@ -105,8 +105,9 @@ class Rig:
         assert isinstance(disk.location, FileLocation)
         path = disk.location.path
         sample = self.truth.get(disk.disk_id, self.samples[disk.image_id])
-        backing = path.parent / (backing_name(path) or "") if disk.format == "qcow2" else path
-        seen = (sample.guest, *_identity(path), *_identity(backing), disk.virtual_size)
+        named = backing_name(path) if disk.format == "qcow2" else None
+        backing = _digest(path.parent / named) if named else b""
+        seen = (sample.guest, _digest(path), backing, disk.virtual_size)
         if seen in self._compared:
             return
         check_disk_file(path, disk.format, sample.guest, self.scratch, f"{when}: disk {disk.disk_id}/{disk.name}")
@@ -209,12 +210,12 @@ def backing_name(path: Path) -> str | None:
         return file.read(header.backing_length).decode()
 
 
-def _identity(path: Path) -> tuple[int, ...]:
+def _digest(path: Path) -> bytes:
     try:
-        found = path.stat()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, hashlib.blake2b).digest()
     except FileNotFoundError:
-        return ()
-    return found.st_ino, found.st_mtime_ns, found.st_size
+        return b""
 
 
 def _names(directory: Path) -> list[str]:
