@@ -146,10 +146,15 @@ def claims(cluster: CephCluster, pool: str = "vms") -> list[str]:
 
 
 def _end_claims(cluster: CephCluster, pool: str) -> None:
+    """Those of the right to bring an image in, and those of images whose names are taken away."""
     rados, _ = bindings()
-    for key in claims(cluster, pool):
-        with cluster.pool(pool) as ioctx, contextlib.suppress(rados.ObjectNotFound):
-            ioctx.remove_object(key)
+    with cluster.pool(pool) as ioctx:
+        for key in [one.key for one in ioctx.list_objects()]:
+            with contextlib.suppress(rados.ObjectNotFound, rados.NoData):
+                if key.startswith("claim."):
+                    ioctx.remove_object(key)
+                elif key.startswith("rbd_header."):
+                    ioctx.rm_xattr(key, "lock.nova_imagecache.claim")
 
 
 def empty(cluster: CephCluster, pool: str = "vms") -> None:

@@ -12,7 +12,7 @@ import pytest
 from harness import rbd as pool
 from harness.images import raw
 from nova_imagecache import BaseNotFoundError, CacheConfig, ImageCache
-from nova_imagecache.backends import _rados, _rbd_adopted, _rbd_bases
+from nova_imagecache.backends import _rados, _rados_claims, _rbd_adopted, _rbd_bases
 from nova_imagecache.exceptions import BaseInUseError, DiskInUseError
 from nova_imagecache.testing import FakeSource, FaultPlan
 from services.ceph import CephCluster
@@ -48,6 +48,18 @@ def test_cleanup_removes_what_is_idle(ceph: CephCluster, tmp_path: Path) -> None
         assert pool.names(ceph) == ["base.img", "vm_disk"]
         cache.remove_root_disk("vm")
         assert cache.cleanup(cache.plan_cleanup(max_idle=0)).removed == ("img",)
+    assert pool.names(ceph) == []
+
+
+def test_a_claim_of_the_dead_ends_by_itself(ceph: CephCluster, tmp_path: Path) -> None:
+    """Who dies between claiming a base and taking its name away holds the next one up until the claim is over."""
+    with make_cache(ceph, tmp_path) as cache:
+        cache.ensure_base("img")
+        with ceph.pool("vms") as ioctx:
+            _rados_claims.claim_image(ioctx, _id(ioctx, "base.img"), "of the dead", 1, "taking the name away")
+        start = time.monotonic()
+        cache.remove_base("img")
+        assert time.monotonic() - start > 1
     assert pool.names(ceph) == []
 
 
