@@ -74,6 +74,17 @@ def create(path: Path, mode: int) -> int:
     return os.open(path, flags, mode)
 
 
+def create_nameless(directory: Path, mode: int) -> int | None:
+    """A descriptor of a new file that has no name until ``give_name``; None where the filesystem has no such files."""
+    # not in SEAMS: without a name it is gone with the process
+    try:
+        return os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, mode)
+    except OSError as err:
+        if err.errno in (errno.EOPNOTSUPP, errno.EISDIR):
+            return None
+        raise
+
+
 def write(fd: int, offset: int, buffer: bytes | bytearray | memoryview) -> None:
     """Write all of ``buffer`` at ``offset``."""
     view = memoryview(buffer)
@@ -165,13 +176,13 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def chmod(path: Path, mode: int) -> None:
-    """Set the permission bits."""
+def chmod(path: Path | int, mode: int) -> None:
+    """Set the permission bits of a file, by its path or descriptor."""
     os.chmod(path, mode)  # noqa: PTH101 - the system call, by its name
 
 
-def chown(path: Path, gid: int) -> None:
-    """Set the group."""
+def chown(path: Path | int, gid: int) -> None:
+    """Set the group of a file, by its path or descriptor."""
     os.chown(path, -1, gid)
 
 
@@ -258,11 +269,8 @@ def publish_copy(source: int, final: Path, size: int, *, check: Callable[[], Non
     that, it has a hidden one beside the target. ``check`` as in ``copy_content``.
     """
     temporary: Path | None = None
-    try:
-        fd = os.open(final.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
-    except OSError as err:
-        if err.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
-            raise
+    fd = create_nameless(final.parent, 0o600)
+    if fd is None:
         temporary = final.with_name(f".{final.name}.{random_suffix()}")
         fd = create(temporary, 0o600)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from nova_imagecache._models import BaseRecord, Digest, Reference
@@ -80,12 +80,19 @@ def load_disk(data: bytes) -> DiskRecord:
 
 
 def _dump(record: BaseRecord | DiskRecord) -> bytes:
-    return (json.dumps(asdict(record), indent=1, sort_keys=True) + "\n").encode()
+    # a line for each field, without the encoder's indent: with it JSON is made in Python, and every warm disk waits
+    values = {name: getattr(record, name) for name in sorted(_FIELDS[type(record)])}
+    lines = [f' "{name}": {json.dumps(value, default=_digest)}' for name, value in values.items()]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _digest(value: Digest) -> dict[str, str]:
+    return {"algorithm": value.algorithm, "value": value.value}
 
 
 def _load(data: bytes, cls: type[BaseRecord | DiskRecord]) -> dict[str, Any]:
     try:
-        values = json.loads(data)
+        values = json.loads(data.decode())  # of text, nothing is to be guessed
     except ValueError as err:
         raise RecordError(f"not JSON: {err}") from err
     if not isinstance(values, dict):

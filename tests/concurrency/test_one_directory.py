@@ -30,7 +30,7 @@ def rig(tmp_path: Path) -> Rig:
 def copying(rig: Rig) -> Iterator[Callable[[], RootDisk]]:
     """While the test runs, another thread is in the middle of the copy of vm/disk; calling it lets that end."""
     plan = FaultPlan()
-    pause = plan.pause("fs.chmod", match="/.disk.")
+    pause = plan.pause("fs.create", match="/.disk.", nth=2, when="after")  # the record's, then the copy
     with ThreadPoolExecutor(1) as pool, plan:
         first: Future[RootDisk] = pool.submit(rig.cache().create_root_disk, "img", "vm", size=SIZE)
         pause.wait()

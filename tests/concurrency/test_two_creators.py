@@ -96,7 +96,9 @@ def test_a_disk_that_appears_is_never_overwritten(kind: str, tmp_path: Path) -> 
 
     def make() -> None:
         plan = FaultPlan()
-        pause = plan.pause("fs.link", match="/.disk.")
+        # an overlay has no name until then; its record gets one before
+        step, nth, match = ("fs.link", 2, "/.disk.") if kind == "file" else ("fs.give_name", 2, "/vm/disk")
+        pause = plan.pause(step, nth=nth, match=match)
         pause.timeout = 60
         with plan:
 

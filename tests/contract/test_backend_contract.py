@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from contract.memory import MemoryContract
+from nova_imagecache import _fs
 from nova_imagecache.backends import Backend, BackendPaths
 from nova_imagecache.backends.file import FileBackend
 from nova_imagecache.backends.qcow2 import Qcow2Backend
@@ -55,6 +56,19 @@ class TestFilePreallocated(BackendContract):
 
 class TestQcow2(BackendContract):
     """Overlays on raw bases by links."""
+
+    def make_backend(self, paths: BackendPaths) -> Backend:
+        return Qcow2Backend({}, paths)
+
+
+class TestQcow2Named(BackendContract):
+    """Overlays on a filesystem, such as NFS, where every file has a name from the beginning."""
+
+    actions = ("create",)
+
+    @pytest.fixture(autouse=True)
+    def _no_tmpfile(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_fs, "create_nameless", lambda *_: None)
 
     def make_backend(self, paths: BackendPaths) -> Backend:
         return Qcow2Backend({}, paths)

@@ -199,7 +199,7 @@ def _under(plan: FaultPlan, act: Callable[[Rig], object], rig: Rig) -> None:
 def _leave_litter(rig: Rig) -> None:
     """What deaths in four operations leave."""
     _ensure("img")(rig)
-    plan = FaultPlan().kill("fs.link", match="/disk", nth=2 if rig.kind == "link" else 1)
+    plan = FaultPlan().kill("fs.give_name", match="/disk", nth=2)
     assert run_to_death(lambda: _under(plan, _create("img"), rig), "litter of a creation")
     plan = FaultPlan().kill("fs.rename", match="bases/packed")
     assert run_to_death(lambda: _under(plan, _ensure("packed"), rig), "litter of a fetch")

@@ -21,7 +21,7 @@ import os
 import time
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from nova_imagecache import _entries, _fs, _qcow2, _qemu, _records
 from nova_imagecache.backends import (
@@ -34,6 +34,7 @@ from nova_imagecache.backends import (
     RootDisk,
 )
 from nova_imagecache.backends._files import FileBases
+from nova_imagecache.backends._making import Making
 from nova_imagecache.backends._references import asides, made_at, others
 from nova_imagecache.exceptions import DiskInUseError
 
@@ -51,6 +52,13 @@ class FileDisks(FileBases):
 
     # --- what the two backends do differently
 
+    making_is_short: ClassVar[bool]
+    """Whether a disk is made in less time than anybody waits for it: then its file needs no name meanwhile."""
+
+    @abc.abstractmethod
+    def _wanted_reference(self) -> Reference:
+        """What ``_refer`` nearly always comes to."""
+
     @abc.abstractmethod
     def _refer(self, base: BaseImage, disk_id: str, name: str, link: Path, made_at: float) -> Reference:
         """Write down what will tie the disk to the base, before anything depends on it: ``link``, or its path.
@@ -63,8 +71,8 @@ class FileDisks(FileBases):
         """The format of a disk made from ``base``."""
 
     @abc.abstractmethod
-    def _make(self, base: BaseImage, target: Path, name: str, size: int, reference: Reference) -> None:
-        """Make the disk's file at ``target``; it is synced afterwards."""
+    def _make(self, base: BaseImage, making: Making, name: str, size: int, reference: Reference) -> int:
+        """The descriptor of the disk's finished file; its blocks, mode and sync come afterwards."""
 
     # --- making
 
@@ -76,64 +84,69 @@ class FileDisks(FileBases):
                     raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name)
                 self._refuse_readers(directory, disk_id, name)
                 self._forget(directory, disk_id, name)
-            making = directory / f".{name}.{_fs.random_suffix()}"
+            making = Making(directory, name, nameless=self.making_is_short)
             try:
-                _fs.mkdir(making, 0o711)
                 disk = self._create(base, disk_id, name, size, making, own_directory=made)
-                _fs.rmtree(making)
+                making.close()
             except BaseException:
                 if not os.path.lexists(directory / name):
                     self._forget(directory, disk_id, name)
-                _fs.rmtree(making)
+                making.close()
                 if made:
                     _fs.rmdir(directory)
                 raise
             return disk
 
     def _create(
-        self, base: BaseImage, disk_id: str, name: str, size: int, making: Path, *, own_directory: bool
+        self, base: BaseImage, disk_id: str, name: str, size: int, making: Making, *, own_directory: bool
     ) -> RootDisk:
         directory = self._directory(disk_id)
         record = _records.DiskRecord(
             image_id=base.image_id,
             format=self._disk_format(base),
-            reference="link",
+            reference=self._wanted_reference(),
             created_size=size,
             digest=base.digest,
             base_format=base.format,
             made_at=time.time(),
             own_directory=own_directory,
         )
-        # first of all: from it, whoever cleans up after us knows where our references are. Its name is durable when the
-        # disk's is; a reference outside of this directory comes after it
-        self._put_record(directory, making, name, record)
-        reference = self._refer(base, disk_id, name, directory / f"{name}.base", record.made_at)
-        if reference != record.reference:
-            record = replace(record, reference=reference)
-            self._put_record(directory, making, name, record)
-        self.touch_base(base)
-        self._still_there(base)
-        self._make(base, making / name, name, size, reference)
-        self._finish_file(making / name, size)
-        if own_directory:
-            _fs.fsync_dir(directory.parent)
+        written = making.create("record", 0o644)
         try:
-            _fs.publish_file(making / name, directory / name)
-        except FileExistsError:
-            raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name) from None
+            _fs.write(written, 0, _records.dump_disk(record))
+            # first of all: from it, whoever cleans up after us knows where our references are
+            making.publish(written, directory / f"{name}.json")
+            reference = self._refer(base, disk_id, name, directory / f"{name}.base", record.made_at)
+            if reference != record.reference:
+                record = replace(record, reference=reference)
+                self._rewrite(disk_id, name, record)
+            self.touch_base(base)
+            self._still_there(base)
+            made = self._make(base, making, name, size, reference)
+            try:
+                self._finish(made, size)
+                # what is being written already goes with the record's sync: one commit of a journal instead of two
+                _fs.start_writeback(made, 0, size)
+                _fs.fsync(written)
+                _fs.fsync(made)
+                if own_directory:
+                    _fs.fsync_dir(directory.parent)
+                making.publish(made, directory / name)
+            except FileExistsError:
+                raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name) from None
+            finally:
+                os.close(made)
+        finally:
+            os.close(written)
+        _fs.fsync_dir(directory)
         return self._disk(disk_id, name, record, size)
 
-    def _finish_file(self, path: Path, size: int) -> None:
-        """Blocks as configured, mode, and everything on stable storage."""
+    def _finish(self, fd: int, size: int) -> None:
+        """Group, mode, and blocks as configured."""
         if self.gid is not None:
-            _fs.chown(path, self.gid)
-        _fs.chmod(path, 0o660 if self.gid is not None else 0o600)
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self._preallocate(fd, size)
-            _fs.fsync(fd)
-        finally:
-            os.close(fd)
+            _fs.chown(fd, self.gid)
+            _fs.chmod(fd, 0o660)
+        self._preallocate(fd, size)
 
     def _preallocate(self, fd: int, size: int) -> None:
         if self.options.preallocate != "space":
@@ -341,21 +354,17 @@ class FileDisks(FileBases):
             return replace(disk, virtual_size=size)
 
     def _rewrite(self, disk_id: str, name: str, record: _records.DiskRecord) -> None:
-        """Put a new record in place of a published disk's old one; the directory is held."""
+        """Put a new record in place of a disk's old one; the directory is held."""
         directory = self._directory(disk_id)
+        # beside it: the root may be another filesystem
         making = directory / f".{name}.{_fs.random_suffix()}"
         _fs.mkdir(making, 0o711)
         try:
-            self._put_record(directory, making, name, record)
+            _fs.write_file(making / "record", _records.dump_disk(record), 0o644)
+            _fs.rename(making / "record", directory / f"{name}.json")
             _fs.fsync_dir(directory)
         finally:
             _fs.rmtree(making)
-
-    def _put_record(self, directory: Path, making: Path, name: str, record: _records.DiskRecord) -> None:
-        """The record, whole at every moment, its name not synced; prepared beside it: the root may be another
-        filesystem."""
-        _fs.write_file(making / "record", _records.dump_disk(record), 0o644)
-        _fs.rename(making / "record", directory / f"{name}.json")
 
     def _same_bytes(self, base: BaseImage, record: _records.DiskRecord, disk_id: str, name: str) -> None:
         """Refuse to tie a disk to other bytes than it was made of: digests decide, image ids where there are none."""

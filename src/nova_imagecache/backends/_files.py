@@ -119,7 +119,7 @@ class FileBases(Backend):
             return None
         return BaseImage(
             image_id=image_id,
-            location=FileLocation(path=Path(directory, "disk")),
+            location=FileLocation(path=self._bases.joinpath(image_id, "disk")),
             record=record,
             last_used=_mark(f"{directory}/last-used"),
             unused_since=_mark(f"{directory}/unused-since"),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nova_imagecache._models import Reference
+    from nova_imagecache.backends._making import Making
 
 
 class FileBackend(RecoverableDisks):
@@ -30,13 +31,18 @@ class FileBackend(RecoverableDisks):
     def check(self) -> list[Fact]:
         return check_files(self)
 
+    making_is_short = False
+
+    def _wanted_reference(self) -> Reference:
+        return "none"
+
     def _refer(self, base: BaseImage, disk_id: str, name: str, link: Path, made_at: float) -> Reference:  # noqa: ARG002 - a copy needs no reference
         return "none"
 
     def _disk_format(self, base: BaseImage) -> str:
         return base.format
 
-    def _make(self, base: BaseImage, target: Path, name: str, size: int, reference: Reference) -> None:  # noqa: ARG002 - the seam's shape
+    def _make(self, base: BaseImage, making: Making, name: str, size: int, reference: Reference) -> int:  # noqa: ARG002 - the seam's shape
         try:
             # an open descriptor keeps the bytes, whatever becomes of the name while we copy
             source = os.open(self.base_path(base.image_id), os.O_RDONLY | os.O_CLOEXEC)
@@ -44,17 +50,19 @@ class FileBackend(RecoverableDisks):
             raise BaseNotFoundError(image_id=base.image_id, stage="copy") from None
         try:
             self._still_there(base)
-            copy = _fs.create(target, 0o600)
+            copy = making.create(name, 0o600)
             try:
                 _fs.copy_content(source, copy, check=_entries.go_on)
                 if base.format == "raw":
                     _fs.truncate(copy, size)
-            finally:
+                elif size != base.virtual_size:
+                    _qemu.resize(making.path(name), base.format, size)
+            except BaseException:
                 os.close(copy)
+                raise
         finally:
             os.close(source)
-        if base.format != "raw" and size != base.virtual_size:
-            _qemu.resize(target, base.format, size)
+        return copy
 
     def flatten_root_disk(self, disk_id: str, name: str) -> RootDisk:
         with self._changing(disk_id, name) as (disk, _record):

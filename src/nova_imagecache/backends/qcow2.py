@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from nova_imagecache._models import Reference
     from nova_imagecache._records import DiskRecord
+    from nova_imagecache.backends._making import Making
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,11 @@ class Qcow2Backend(RecoverableDisks):
 
     # --- making
 
+    making_is_short = True
+
+    def _wanted_reference(self) -> Reference:
+        return "path" if self.options.reference == "path" else "link"
+
     def _refer(self, base: BaseImage, disk_id: str, name: str, link: Path, made_at: float) -> Reference:
         if self.options.reference != "path":
             try:
@@ -73,6 +79,7 @@ class Qcow2Backend(RecoverableDisks):
             else:
                 return "link"
         # the record of the disk before what only it explains
+        self._sync(self._directory(disk_id) / f"{name}.json")
         _fs.fsync_dir(self._directory(disk_id))
         written = self.user_record(base.image_id, disk_id, name)
         data = host_record(disk_id, name, self._directory(disk_id) / name, made_at)
@@ -99,17 +106,19 @@ class Qcow2Backend(RecoverableDisks):
     def _disk_format(self, base: BaseImage) -> str:  # noqa: ARG002 - an overlay on whatever base
         return "qcow2"
 
-    def _make(self, base: BaseImage, target: Path, name: str, size: int, reference: Reference) -> None:
+    def _make(self, base: BaseImage, making: Making, name: str, size: int, reference: Reference) -> int:
         cluster_size = self._cluster_size(base)
         backing = self._backing(base, name, reference)
         template = self._templates.get(base.format, cluster_size, size)
-        fd = _fs.create(target, 0o600)
+        fd = making.create(name, 0o600)
         try:
             template.write(fd, backing)
-        except _qcow2.Qcow2Error as err:
-            raise BackendError(str(err), image_id=base.image_id, stage="overlay", todo=_SHORTER) from err
-        finally:
+        except BaseException as err:
             os.close(fd)
+            if isinstance(err, _qcow2.Qcow2Error):
+                raise BackendError(str(err), image_id=base.image_id, stage="overlay", todo=_SHORTER) from err
+            raise
+        return fd
 
     def _cluster_size(self, base: BaseImage) -> int | None:
         if base.format != "qcow2":

@@ -1,0 +1,86 @@
+"""Files in the making: nobody sees them, nothing is left of them, and a disk is synced before it has its name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from harness.images import MIB, raw
+from harness.rig import Rig
+from nova_imagecache import _fs
+from nova_imagecache.backends._making import Making
+from nova_imagecache.testing import FaultPlan
+
+
+@pytest.fixture(params=[True, False], ids=["nameless", "named"])
+def making(request: pytest.FixtureRequest, tmp_path: Path) -> Making:
+    return Making(tmp_path, "disk", nameless=request.param)
+
+
+def _names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+
+
+def test_a_file_is_there_when_it_is_published(making: Making, tmp_path: Path) -> None:
+    """Under its final name or under none that anybody looks at; nothing else is left."""
+    fd = making.create("disk", 0o600)
+    os.write(fd, b"whole")
+    assert _names(tmp_path) == set()
+    making.publish(fd, tmp_path / "disk")
+    os.close(fd)
+    making.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+    assert (tmp_path / "disk").read_bytes() == b"whole"
+    assert (tmp_path / "disk").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_name_that_is_taken_stays(making: Making, tmp_path: Path) -> None:
+    """Whoever was first keeps it, and nothing is left of the other."""
+    (tmp_path / "disk").write_bytes(b"first")
+    fd = making.create("disk", 0o600)
+    with pytest.raises(FileExistsError):
+        making.publish(fd, tmp_path / "disk")
+    os.close(fd)
+    making.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+    assert (tmp_path / "disk").read_bytes() == b"first"
+
+
+def test_a_filesystem_without_nameless_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked once; then files have a hidden name, which a child process can open."""
+    asked = []
+    monkeypatch.setattr(_fs, "create_nameless", lambda *arguments: asked.append(arguments))
+    making = Making(tmp_path, "disk", nameless=True)
+    for name in ("record", "disk"):
+        fd = making.create(name, 0o600)
+        os.write(fd, name.encode())
+        assert making.path(name).read_text() == name
+        making.publish(fd, tmp_path / name)
+        os.close(fd)
+    making.close()
+    assert len(asked) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "record"]
+
+
+@pytest.mark.parametrize("kind", ["link", "path", "file"])
+def test_what_is_named_is_synced(kind: str, tmp_path: Path) -> None:
+    """Record and disk before the disk's name, and where the record alone leads to the reference, it before that."""
+    rig = Rig(tmp_path, kind, {"img": raw("synced")})
+    rig.cache().ensure_base("img")
+    with FaultPlan() as plan:
+        rig.cache().create_root_disk("img", "vm", size=4 * MIB)
+    disk = rig.disks / "vm" / "disk"
+    steps = [(step.name, step.targets) for step in plan.trace]
+    [named] = [at for at, (name, targets) in enumerate(steps) if targets[-1:] == (str(disk),) and name != "fs.touch"]
+    own = [
+        at for at, (name, targets) in enumerate(steps) if name == "fs.fsync" and targets[0].startswith(str(disk.parent))
+    ]
+    assert len([at for at in own if at < named]) >= 2
+    assert steps[named + 1 :][0] == ("fs.fsync_dir", (str(disk.parent),))
+    if kind == "path":
+        [referred] = [
+            at for at, (name, targets) in enumerate(steps) if name == "fs.rename" and "/users/" in targets[-1]
+        ]
+        assert own[0] < referred
