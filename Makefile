@@ -32,7 +32,8 @@ test: ## everything: lint, types, layering, the whole suite with real services (
 check: ## the quick inner loop, under a minute: lint, types, layering, tests without services
 	@tools/setup.sh check
 	@$(MAKE) --no-print-directory lint types layers
-	$(PY) -m pytest -q -n $(WORKERS) $(QUICK) $(ARGS)
+	@# one more at a time: many of these wait for something
+	$(PY) -m pytest -q -n $$(($(WORKERS) + 1)) $(QUICK) $(ARGS)
 
 lint: .venv ## ruff: lint and format
 	$(PY) -m ruff check --quiet .

@@ -144,6 +144,7 @@ def test_images_that_guests_wrote_are_read(steps: list[tuple[str, int, int]], cl
         assert decoded == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(layout=layouts(), data=st.data())
 def test_tampered_tables_are_refused_or_read_as_they_stand(layout: qcow2.Layout, data: st.DataObject) -> None:

@@ -100,16 +100,21 @@ class RbdBases(Backend):
                 yield own
 
     def _read(self, image_id: str, name: str) -> BaseImage | None:
-        try:
-            with _rbd_look.opened(self.store.io, name, snapshot=SNAPSHOT) as image:
-                return self._base(image_id, image, self.store.location(name, SNAPSHOT))
-        except NotThereError:
+        rbd_id = _rbd_look.named(self.store.io, name)
+        found = _rbd_look.glance(self.store.io, rbd_id, SNAPSHOT) if rbd_id is not None else None
+        if found is None:
             return None
+        values, size = found
+        base = self._base(image_id, values, self.store.location(name, SNAPSHOT))
+        if base is not None and size != base.record.size:
+            _log.warning("base %s is left alone: it has %d bytes of %d", image_id, size, base.record.size)
+            return None
+        return base
 
-    def _base(self, image_id: str, image: Image, location: RbdLocation) -> BaseImage | None:
-        text = _rbd_look.metadata(image, RECORD)
+    def _base(self, image_id: str, values: Mapping[str, str], location: RbdLocation) -> BaseImage | None:
+        """The base that an image's metadata tell of."""
         try:
-            record = _records.load_base((text or "").encode())
+            record = _records.load_base(values.get(RECORD, "").encode())
         except _records.RecordError as err:
             _log.warning("base %s is left alone: its record cannot be read: %s", image_id, err)
             return None
@@ -117,8 +122,8 @@ class RbdBases(Backend):
             image_id=image_id,
             location=location,
             record=record,
-            last_used=_seconds(_rbd_look.metadata(image, LAST_USED)),
-            unused_since=_seconds(_rbd_look.metadata(image, UNUSED_SINCE)),
+            last_used=_seconds(values.get(LAST_USED)),
+            unused_since=_seconds(values.get(UNUSED_SINCE)),
             inspected=record.inspector,
         )
 

@@ -121,10 +121,10 @@ class RecoverableRbd(AttachableDisks):
     def _retired(self, entry: Trashed) -> Retired | None:
         image_id = entry.name.removeprefix(BASE)
         location = self.store.location(TRASH + entry.image_id, SNAPSHOT)
-        with _rbd_look.opened_by_id(self.store.io, entry.image_id) as image:
-            if _rbd_look.metadata(image, RECORD) is None:  # somebody else's
-                return None
-            base = self._base(image_id, image, location)
+        values = _rbd_look.all_metadata(self.store.io, entry.image_id)
+        if RECORD not in values:  # somebody else's
+            return None
+        base = self._base(image_id, values, location)
         return None if base is None else Retired(base=base, token=entry.image_id)
 
     def _restorable(self, entry: Trashed) -> bool:

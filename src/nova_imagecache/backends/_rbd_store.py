@@ -155,11 +155,8 @@ class Store:
 
     def id_of(self, name: str) -> str | None:
         """The id of the image of that name, None: there is none, or half of one."""
-        try:
-            with _rbd_look.opened(self.io, name) as image:
-                return image.id()
-        except NotThereError:
-            return None
+        rbd_id = _rbd_look.named(self.io, name)
+        return rbd_id if rbd_id is not None and _rbd_look.has_header(self.io, rbd_id) else None
 
     # --- changing
 
