@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def usage(backend: GuardedBackend, remover: Remover, paths: BackendPaths) -> CacheUsage:
-    """What the cache takes now, and what of it could go: the finders are asked once; doubt means that nothing can."""
+    """What the cache takes now, and what of it could go. The finders are asked at most once; doubt frees nothing."""
     figures, bases = _counted(backend, paths)
     return replace(figures, reclaimable=_reclaimable(bases, remover))
 
@@ -85,20 +85,20 @@ def _counted(backend: GuardedBackend, paths: BackendPaths) -> tuple[CacheUsage, 
 
 def _reclaimable(bases: Sequence[tuple[BaseImage, int]], remover: Remover) -> int:
     """The bytes of the bases that have neither users nor pins, as far as anybody can tell."""
+    pinned = remover.root.pinned()
+    now = remover.clock()
+    alone = [
+        (base, allocated)
+        for base, allocated in bases
+        if not remover.has_users(base) and not (base.image_id in pinned and remover.root.pins(base.image_id, now))
+    ]
     try:
-        found = _users.from_finders(remover.finders, [base for base, _allocated in bases])
+        # only of those: a finder looks at every disk, and nearly always nearly every base has a user that storage knows
+        found = _users.from_finders(remover.finders, [base for base, _allocated in alone])
     except UsersUnknownError as err:
         _log.warning("no base counts as reclaimable: %s", err)
         return 0
-    pinned = remover.root.pinned()
-    now = remover.clock()
-    return sum(
-        allocated
-        for base, allocated in bases
-        if base.image_id not in found
-        and not (base.image_id in pinned and remover.root.pins(base.image_id, now))
-        and not remover.has_users(base)
-    )
+    return sum(allocated for base, allocated in alone if base.image_id not in found)
 
 
 def check(backend: GuardedBackend, source: GuardedSource, config: CacheConfig) -> CheckReport:

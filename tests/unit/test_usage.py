@@ -71,7 +71,7 @@ def test_in_doubt_nothing_is_reclaimable(rig: Rig) -> None:
 
 
 def test_finders_are_asked_once_for_all_bases(rig: Rig) -> None:
-    """And not at all for what a driver reports to its scheduler every minute."""
+    """Of which nothing else knows a use; and not at all for what a driver reports to its scheduler every minute."""
 
     class Counting:
         name = "counting"
@@ -79,7 +79,7 @@ def test_finders_are_asked_once_for_all_bases(rig: Rig) -> None:
 
         def find(self, bases: Sequence[BaseImage]) -> list[DiskUser]:
             self.looks += 1
-            assert {base.image_id for base in bases} == set(SAMPLES)
+            self.asked = {base.image_id for base in bases}
             return []
 
     finder = Counting()
@@ -87,9 +87,17 @@ def test_finders_are_asked_once_for_all_bases(rig: Rig) -> None:
     cache = open_cache(rig, user_finders=[finder])
     cache.ensure_bases(SAMPLES)
     cache.usage()
-    assert finder.looks == 1
+    assert (finder.looks, finder.asked) == (1, set(SAMPLES))
     cache.reserved_disk_mb(0)
     assert finder.looks == 1
+    first, *others = SAMPLES
+    cache.create_root_disk(first, "vm", size=4 * MIB)
+    cache.usage()
+    assert (finder.looks, finder.asked) == (2, set(others))
+    for image_id in others:
+        cache.pin(image_id, "someone")
+    assert cache.usage().reclaimable == 0
+    assert finder.looks == 2
 
 
 # --- what to reserve
