@@ -12,6 +12,7 @@ from harness.rig import Rig
 from nova_imagecache import _fs
 from nova_imagecache.backends._making import Making
 from nova_imagecache.testing import FaultPlan
+from nova_imagecache.testing._faults import When
 
 
 @pytest.fixture(params=[True, False], ids=["nameless", "named"])
@@ -46,6 +47,17 @@ def test_a_name_that_is_taken_stays(making: Making, tmp_path: Path) -> None:
     making.close()
     assert [path.name for path in tmp_path.iterdir()] == ["disk"]
     assert (tmp_path / "disk").read_bytes() == b"first"
+
+
+@pytest.mark.parametrize("step", ["fs.mkdir", "fs.create"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_nothing_is_left_of_what_could_not_be_made(step: str, when: When, tmp_path: Path) -> None:
+    """Whether the step that failed had done its work or not."""
+    making = Making(tmp_path, "disk", nameless=False)
+    with FaultPlan().fail(step, when=when), pytest.raises(OSError, match="No space"):
+        making.create("disk", 0o600)
+    making.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_filesystem_without_nameless_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ class Making:
         self._directory = directory
         self._hidden = directory / f".{name}.{_fs.random_suffix()}"
         self._nameless = nameless
+        self._begun = False
         self._named: dict[int, Path] = {}
 
     def create(self, name: str, mode: int) -> int:
@@ -30,7 +31,8 @@ class Making:
             if (fd := _fs.create_nameless(self._directory, mode)) is not None:
                 return fd
             self._nameless = False
-        if not self._named:
+        if not self._begun:
+            self._begun = True
             _fs.mkdir(self._hidden, 0o711)
         fd = _fs.create(self._hidden / name, mode)
         self._named[fd] = self._hidden / name
@@ -49,5 +51,5 @@ class Making:
 
     def close(self) -> None:
         """Remove the hidden directory, if there is one."""
-        if self._named:
+        if self._begun:
             _fs.rmtree(self._hidden)

@@ -143,6 +143,7 @@ def glance(ioctx: Any, image_id: str, snapshot: str) -> tuple[dict[str, str], in
     try:
         values = all_metadata(ioctx, image_id)
         with answers(f"look at {image_id}"):
+            # every release answers these, since the kernel's driver asks the same.
             # the latest snapshot's number, how many there are, and their numbers
             for (number,) in struct.iter_unpack("<Q", _ask(ioctx, image_id, "get_snapcontext")[12:]):
                 asked = struct.pack("<Q", number)
