@@ -100,16 +100,15 @@ class RbdBases(Backend):
                 yield own
 
     def _read(self, image_id: str, name: str) -> BaseImage | None:
+        # opening it costs five times as much
         rbd_id = _rbd_look.named(self.store.io, name)
-        found = _rbd_look.glance(self.store.io, rbd_id, SNAPSHOT) if rbd_id is not None else None
-        if found is None:
+        try:
+            if rbd_id is None or not _rbd_look.has_snapshot(self.store.io, rbd_id, SNAPSHOT):
+                return None
+            values = _rbd_look.all_metadata(self.store.io, rbd_id)
+        except NotThereError:
             return None
-        values, size = found
-        base = self._base(image_id, values, self.store.location(name, SNAPSHOT))
-        if base is not None and size != base.record.size:
-            _log.warning("base %s is left alone: it has %d bytes of %d", image_id, size, base.record.size)
-            return None
-        return base
+        return self._base(image_id, values, self.store.location(name, SNAPSHOT))
 
     def _base(self, image_id: str, values: Mapping[str, str], location: RbdLocation) -> BaseImage | None:
         """The base that an image's metadata tell of."""

@@ -130,29 +130,19 @@ def metadata_of(ioctx: Any, image_id: str, key: str) -> str | None:
     """A value of the metadata of an image that is not opened for it; None also where there is no such image."""
     try:
         with answers(f"read metadata {key} of {image_id}"):
-            _, found = ioctx.execute(f"rbd_header.{image_id}", "rbd", "metadata_get", encoded(key))
+            return _ask(ioctx, image_id, "metadata_get", encoded(key))[4:].decode()
     except NotThereError:
         return None
-    return bytes(found)[4:].decode()
 
 
-def glance(ioctx: Any, image_id: str, snapshot: str) -> tuple[dict[str, str], int] | None:
-    """(all metadata, size at that snapshot) of an image by its header, which is not opened: that costs five times as
-    much. None: there is no such image, or it has no such snapshot.
-    """
-    try:
-        values = all_metadata(ioctx, image_id)
-        with answers(f"look at {image_id}"):
-            # every release answers these, since the kernel's driver asks the same.
-            # the latest snapshot's number, how many there are, and their numbers
-            for (number,) in struct.iter_unpack("<Q", _ask(ioctx, image_id, "get_snapcontext")[12:]):
-                asked = struct.pack("<Q", number)
-                if _ask(ioctx, image_id, "get_snapshot_name", asked)[4:] == snapshot.encode():
-                    # the size of its objects, in one byte, and its own
-                    return values, struct.unpack_from("<Q", _ask(ioctx, image_id, "get_size", asked), 1)[0]
-    except NotThereError:
-        pass
-    return None
+def has_snapshot(ioctx: Any, image_id: str, snapshot: str) -> bool:
+    """Whether an image that is not opened for it has this snapshot; NotThereError: there is no such image."""
+    with answers(f"list the snapshots of {image_id}"):
+        # every release answers these, since the kernel's driver asks the same: the latest snapshot's number, how many
+        # there are, and their numbers; then the name of each
+        numbers = struct.iter_unpack("<Q", _ask(ioctx, image_id, "get_snapcontext")[12:])
+        names = (_ask(ioctx, image_id, "get_snapshot_name", struct.pack("<Q", number)) for (number,) in numbers)
+        return encoded(snapshot) in names
 
 
 def all_metadata(ioctx: Any, image_id: str) -> dict[str, str]:
