@@ -52,13 +52,13 @@ def test_cleanup_removes_what_is_idle(ceph: CephCluster, tmp_path: Path) -> None
 
 
 def test_a_base_is_told_by_its_header(ceph: CephCluster, tmp_path: Path) -> None:
-    """However much metadata others have put there; without its snapshot it is none."""
+    """However much metadata others have put before its own; without its snapshot it is none."""
     _, rbd = bindings()
     with make_cache(ceph, tmp_path) as cache:
         base = cache.ensure_base("img")
         with ceph.pool("vms") as ioctx, rbd.Image(ioctx, "base.img") as image:
             for number in range(150):
-                image.metadata_set(f"others.{number:03d}", "\N{SNOWMAN}" * 100)
+                image.metadata_set(f"another.{number:03d}", "\N{SNOWMAN}" * 100)
             assert cache.get_base("img").record == base.record
             assert [one.record for one in cache.bases()] == [base.record]
             image.remove_snap("base")
