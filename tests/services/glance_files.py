@@ -61,10 +61,22 @@ log = {dir}/log/requests
 # Glance's own noauth pipeline makes an admin without a project, whom the default policy forbids to create images.
 # A request is logged before its answer leaves, so that a client that has the answer finds the request counted.
 ANYONE = '''\
-"""Believes any token, and logs each request."""
+"""Believes any token, logs each request, and lets sqlite's transactions wait for each other.
+
+A transaction that has read cannot wait for its turn to write: sqlite refuses it at once ("database is locked"). Where
+Glance takes up an import it does not try again: the task stays "pending", and the image locked, for two hours.
+"""
 import json
 import os
 import uuid
+
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+
+@event.listens_for(Engine, "before_cursor_execute", retval=True)
+def wait_for_the_others(conn, cursor, statement, parameters, context, executemany):
+    return ("BEGIN IMMEDIATE" if statement == "BEGIN" else statement), parameters
 
 
 def factory(global_conf, log):

@@ -57,6 +57,7 @@ class StoreCopy:
         self._check_caller = check
         self._what = f"copy into store {store}"
         self._until = time.monotonic() + transport.options.copy_timeout
+        self._task = ""  # of Glance's, that holds the image
 
     def run(self) -> ImageInfo:
         """As StoreCopier.copy_to_store."""
@@ -67,6 +68,7 @@ class StoreCopy:
             image, properties = attended(self._look, self._check)
             if image.status != "active":
                 raise ImageNotActiveError(image.status, image_id=self._image_id, stage=STAGE)
+            self._task = str(properties.get("os_glance_import_task") or "")
             state = self._state(image, properties)
             if state is _State.THERE:
                 return image
@@ -117,7 +119,7 @@ class StoreCopy:
         if self._store in image.stores:
             return _State.THERE
         # failures of an earlier import stay listed until the next one has begun
-        if properties.get("os_glance_import_task"):
+        if self._task:
             return _State.BUSY
         return _State.FAILED if self._store in _names(properties, "os_glance_failed_import") else _State.IDLE
 
@@ -131,6 +133,8 @@ class StoreCopy:
         self._check_caller()
         if time.monotonic() > self._until:
             detail = f"it is not there after {self._transport.options.copy_timeout:g} s"
+            if self._task:
+                detail += f"; the service's import task {self._task} holds the image"
             raise SourceUnavailableError(f"{self._what}: {detail}", image_id=self._image_id, stage=STAGE)
 
     def _failed(self, detail: str) -> CopyFailedError:
