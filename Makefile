@@ -8,6 +8,8 @@ PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
 export PYTHON
+# tests are rewritten and compiled once, not in each process of each run
+unexport PYTHONDONTWRITEBYTECODE
 
 PY := .venv/bin/python
 TYPED := src tests examples benchmarks docs

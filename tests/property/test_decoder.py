@@ -67,6 +67,7 @@ def test_hand_made_images_are_what_qemu_reads(layout: qcow2.Layout) -> None:
         assert by_qemu(made.file, Path(name)) == made.guest
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     size=st.integers(1, 3 * MIB // 512).map(lambda sectors: sectors * 512),
@@ -96,6 +97,7 @@ def test_what_qemu_img_writes_is_read_back(
     assert decoded == bytes(guest)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     steps=st.lists(
@@ -175,6 +177,7 @@ def test_a_file_that_was_cut_off_is_no_whole_one(cut: float) -> None:
         qcow2.decode(made.file[: int(len(made.file) * cut)])
 
 
+@pytest.mark.slow
 def test_of_what_qemu_img_writes_only_metadata_is_kept(tmp_path: Path) -> None:
     """A table comes before what it names, so that nothing of the data is written twice."""
     source, target = tmp_path / "raw", tmp_path / "qcow2"

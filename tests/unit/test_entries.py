@@ -118,6 +118,7 @@ def test_a_hold_waits_for_the_one_before(tmp_path: Path) -> None:
     got[0].release()
 
 
+@pytest.mark.slow
 def test_a_hold_waits_for_as_long_as_its_holder_gets_on(tmp_path: Path) -> None:
     """A copy of any size is waited for: what grows in the directory, or is made in it, starts the clock again."""
     first = _entries.hold(tmp_path, wait=True)

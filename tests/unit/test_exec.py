@@ -153,12 +153,14 @@ def test_a_checkpoint_does_not_lift_the_time_out() -> None:
     assert caught.value.returncode is None
 
 
+@pytest.mark.slow
 def test_cpu_time_is_limited() -> None:
     """A malformed header must not burn a core for ever (CVE-2015-5162)."""
     error = failing("while :; do :; done", limits=Limits(cpu=1))
     assert error.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_memory_is_limited() -> None:
     """Nor eat the host's memory."""
     code = "bytearray(600 * 2**20)"

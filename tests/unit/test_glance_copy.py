@@ -180,6 +180,7 @@ def test_limit(server: FlakyGlance) -> None:
     assert time.monotonic() - start < 2
 
 
+@pytest.mark.slow
 def test_check_ends_it(server: FlakyGlance, monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller's check is called at least ten times a second, between looks and while one hangs."""
     monkeypatch.setattr(_glance_copy, "FIRST_PAUSE", 5.0)

@@ -568,6 +568,7 @@ def test_a_stream_that_breaks_is_the_sources_error(bench: Bench) -> None:
         bench.run(FakeImage(data=RAW, break_after=MIB + 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stall_after", [0, MIB, SIZE])
 def test_deadline_and_cancel_end_a_stream_that_stalls(bench: Bench, stall_after: int) -> None:
     """No byte comes, and the call ends all the same."""

@@ -229,6 +229,7 @@ def test_a_root_that_cannot_be_written_is_a_backend_error(open_path: Path, in_ch
         (open_path / "cache" / "staging").chmod(0o700)
 
 
+@pytest.mark.slow
 def test_many_processes_prepare_one_root_at_once(tmp_path: Path) -> None:
     """All of them find it ready and whole; nothing is left in staging."""
     fork = multiprocessing.get_context("fork")
@@ -277,6 +278,7 @@ def test_a_process_forked_while_another_thread_prepares_prepares_itself(tmp_path
     assert list(root.staging.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_process_that_died_while_it_prepared_is_followed_by_the_next(tmp_path: Path) -> None:
     """Kill -9 at every step."""
     with FaultPlan() as plan:

@@ -100,6 +100,7 @@ def test_lock_files_are_never_unlinked(locks: Locks, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_disks_share_a_fixed_set_of_lock_files(locks: Locks, tmp_path: Path) -> None:
     """The directory does not grow with the instances that ever were."""
     for number in range(2000):
@@ -200,6 +201,7 @@ def test_patience_ends_with_a_holder_that_stands_still(locks: Locks) -> None:
     lock.release()
 
 
+@pytest.mark.slow
 def test_patience_begins_anew_with_every_note(locks: Locks) -> None:
     """A long fetch that gets on is waited for, however long it takes; the waiter hears how far it is."""
     lock = locks.base("img")

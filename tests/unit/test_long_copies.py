@@ -71,6 +71,7 @@ def test_a_cancel_ends_it(copying: tuple[Rig, ImageCache, Callable[..., Any]], m
     assert 4 * MIB in {path.stat().st_size for path in files(rig)}
 
 
+@pytest.mark.slow
 def test_a_deadline_ends_it(
     copying: tuple[Rig, ImageCache, Callable[..., Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

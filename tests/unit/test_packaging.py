@@ -40,6 +40,7 @@ def _imported() -> set[str]:
     return names - sys.stdlib_module_names - {"nova_imagecache"}
 
 
+@pytest.mark.slow
 def test_all_that_is_imported_is_declared(project: dict[str, object]) -> None:
     """As a dependency or in an extra: whoever installs the distribution has what it needs."""
     declared = _requirements(project)

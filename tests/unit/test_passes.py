@@ -242,6 +242,7 @@ def test_observing_changes_nothing(rig: Rig) -> None:
     assert _tree(rig.dir) == before
 
 
+@pytest.mark.slow
 def test_a_pass_over_many_bases_asks_finders_a_few_times(rig: Rig) -> None:
     """Once for the plan and once for each bundle that goes, not once for each base."""
     many = {f"many-{number:03}": SAMPLES["a"] for number in range(150)}
@@ -343,6 +344,7 @@ def test_the_idle_time_of_a_marked_base_begins_when_its_pin_is_over(end: str, ri
     assert cache.cleanup().removed == ("a",)
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_pass_is_linear(tmp_path: Path) -> None:
     """Four times the bases, disks and old pins take four times as long, not sixteen: keeping, marking and removing."""
     with child(lambda: _costs(tmp_path / "small", 100)) as process:

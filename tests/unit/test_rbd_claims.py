@@ -37,6 +37,7 @@ def make_cache(directory: Path, backend: MemoryBackend, lock_timeout: float = 60
     return ImageCache(config, source=FakeSource({"img": raw("claimed").fake}), backend=backend)
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_ever(tmp_path: Path) -> None:
     """After lock_timeout the wait is an error that may be tried again; meanwhile it is asked less and less often."""
     backend = Claimed()
@@ -55,6 +56,7 @@ def test_nobody_waits_for_ever(tmp_path: Path) -> None:
         assert cache.ensure_base("img").image_id == "img"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [CancelledError, DeadlineError])
 def test_the_caller_ends_it(tmp_path: Path, end: type[ImageCacheError]) -> None:
     """Cancel and deadline are looked at while it waits, however long the pauses are by then."""

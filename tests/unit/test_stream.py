@@ -69,6 +69,7 @@ def test_bytes_are_looked_at_as_they_come() -> None:
     assert served.bytes_served <= 3 * MIB
 
 
+@pytest.mark.slow
 def test_a_slow_caller_holds_the_source_up() -> None:
     """Of a long stream no more is read than the ring holds, and the digests are right all the same."""
     data = DATA * 8
@@ -89,6 +90,7 @@ def test_a_stream_that_breaks_says_so() -> None:
         list(pieces)
 
 
+@pytest.mark.slow
 def test_leaving_early_ends_the_threads() -> None:
     """None is left behind, whether it reads, hashes or waits for room."""
     before = set(threading.enumerate())
