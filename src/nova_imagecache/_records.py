@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TypeVar
 
 from nova_imagecache._models import BaseRecord, Digest, Reference
 
@@ -33,6 +33,9 @@ class DiskRecord:
     version: int = RECORD_VERSION
 
 
+_Record = TypeVar("_Record", BaseRecord, DiskRecord)
+
+
 def dump_base(record: BaseRecord) -> bytes:
     """The record as ``base.json``."""
     return _dump(record)
@@ -49,16 +52,7 @@ def load_base(data: bytes) -> BaseRecord:
     Raises:
         RecordError: it cannot be read.
     """
-    values = _load(data, BaseRecord)
-    try:
-        record = BaseRecord(**values)
-    except TypeError as err:
-        raise RecordError(str(err)) from err
-    _expect(record, str, "image_id", "format", "source_format", "evidence", "made_by", "source")
-    _expect(record, int, "virtual_size", "size", "source_size", "inspector")
-    _expect(record, (int, float), "fetched_at")
-    _expect(record, (Digest, type(None)), "source_digest")
-    return record
+    return _load(data, BaseRecord, "source_digest")
 
 
 def load_disk(data: bytes) -> DiskRecord:
@@ -67,21 +61,12 @@ def load_disk(data: bytes) -> DiskRecord:
     Raises:
         RecordError: it cannot be read.
     """
-    values = _load(data, DiskRecord)
-    try:
-        record = DiskRecord(**values)
-    except TypeError as err:
-        raise RecordError(str(err)) from err
-    _expect(record, str, "image_id", "format", "reference", "base_format")
-    _expect(record, int, "created_size")
-    _expect(record, (int, float), "made_at")
-    _expect(record, (Digest, type(None)), "digest")
-    return record
+    return _load(data, DiskRecord, "digest")
 
 
 def _dump(record: BaseRecord | DiskRecord) -> bytes:
     # a line for each field, without the encoder's indent: with it JSON is made in Python, and every warm disk waits
-    values = {name: getattr(record, name) for name in sorted(_FIELDS[type(record)])}
+    values = {name: getattr(record, name) for name in sorted(_KINDS[type(record)])}
     lines = [f' "{name}": {json.dumps(value, default=_digest)}' for name, value in values.items()]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
@@ -90,7 +75,7 @@ def _digest(value: Digest) -> dict[str, str]:
     return {"algorithm": value.algorithm, "value": value.value}
 
 
-def _load(data: bytes, cls: type[BaseRecord | DiskRecord]) -> dict[str, Any]:
+def _load(data: bytes, cls: type[_Record], digest: str) -> _Record:
     try:
         values = json.loads(data.decode())  # of text, nothing is to be guessed
     except ValueError as err:
@@ -99,22 +84,31 @@ def _load(data: bytes, cls: type[BaseRecord | DiskRecord]) -> dict[str, Any]:
         raise RecordError("not a JSON object")
     if values.get("version") != RECORD_VERSION:
         raise RecordError(f"record version {values.get('version')!r}; this library reads {RECORD_VERSION}")
-    # fields that a later minor release adds are left alone
-    values = {name: value for name, value in values.items() if name in _FIELDS[cls]}
-    for key in ("source_digest", "digest"):
-        if isinstance(values.get(key), dict):
-            try:
-                values[key] = Digest(**values[key])
-            except (TypeError, ValueError) as err:
-                raise RecordError(f"{key}: {err}") from err
-    return values
+    kinds = _KINDS[cls]
+    if not values.keys() <= kinds.keys():  # fields that a later minor release adds are left alone
+        values = {name: value for name, value in values.items() if name in kinds}
+    if isinstance(values.get(digest), dict):
+        try:
+            values[digest] = Digest(**values[digest])
+        except (TypeError, ValueError) as err:
+            raise RecordError(f"{digest}: {err}") from err
+    for name, value in values.items():
+        if not isinstance(value, kinds[name]):
+            raise RecordError(f"{name} is no {' or '.join(each.__name__ for each in kinds[name])}")
+    try:
+        return cls(**values)
+    except TypeError as err:
+        raise RecordError(str(err)) from err
 
 
-def _expect(record: BaseRecord | DiskRecord, kind: type | tuple[type, ...], *names: str) -> None:
-    for name in names:
-        if not isinstance(getattr(record, name), kind):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            raise RecordError(f"{name} is no {' or '.join(each.__name__ for each in kinds)}")
-
-
-_FIELDS = {cls: frozenset(f.name for f in fields(cls)) for cls in (BaseRecord, DiskRecord)}
+_TYPES = {
+    "str": (str,),
+    "int": (int,),
+    "bool": (bool,),
+    "float": (int, float),
+    "Digest | None": (Digest, type(None)),
+    "Reference": (str,),
+    "Evidence": (str,),
+}
+_KINDS = {cls: {f.name: _TYPES[str(f.type)] for f in fields(cls)} for cls in (BaseRecord, DiskRecord)}
+"""Of each record's fields, what their values may be."""
