@@ -117,7 +117,11 @@ class Engine:
         fetched, failed = threading.Event(), threading.Event()
 
         def find() -> BaseImage | None:
-            return self._find(image_id, call.expect)
+            base = self._find(image_id, call.expect)
+            return base if base is not None and self._note_use(base) else None
+
+        def accepts(base: BaseImage) -> bool:
+            return call.expect in (None, base.digest)
 
         def fetch(leader: Leader) -> BaseImage:
             try:
@@ -136,26 +140,27 @@ class Engine:
                 watch.check("wait")
                 request = (id(source.inner), call.expect)
                 try:
-                    base = self._flights.join(image_id, request, find=find, fetch=fetch, watch=watch)
+                    base = self._flights.join(image_id, request, find=find, accepts=accepts, fetch=fetch, watch=watch)
                 finally:
                     self._tell_evicted()
                     if failed.is_set():  # what it had written is gone again, and what made room for it stays gone
                         self._tell_usage(image_id)
-            if call.expect in (None, base.digest) and self._hand_out(base, new=fetched.is_set()):
+            if accepts(base):
+                self._tell_use(base, new=fetched.is_set())
                 return base
         todo = "Find out who re-uses the image id, or removes what is just used"
         raise BackendError("others keep replacing or removing the base", image_id=image_id, stage="publish", todo=todo)
 
-    def _hand_out(self, base: BaseImage, *, new: bool) -> bool:
-        """Note and tell the use of a base that a caller gets; False: it was removed before its use was noted."""
+    def _note_use(self, base: BaseImage) -> bool:
+        """Note that a caller gets a base; False: it was removed before its use was noted."""
+        self._touch(base)
+        return _is_there(base)
+
+    def _tell_use(self, base: BaseImage, *, new: bool) -> None:
         if new:
             self.emit("published", base.image_id, size=base.record.size, made_by=base.record.made_by)
-            return True
-        self._touch(base)
-        if not _is_there(base):
-            return False
-        self.emit("used", base.image_id)
-        return True
+        else:
+            self.emit("used", base.image_id)
 
     def _tell_evicted(self) -> None:
         with suppress(queue.Empty):

@@ -1,10 +1,10 @@
 """Single flight: of all who miss one base at once, one fetches and the others wait for what it publishes.
 
 In a process, one thread leads and the rest follow. Between processes, the leaders contend for the base's lock. Whoever
-waits looks for the published base and never queues for the lock after it; of a hundred followers one looks for all. A
-leader that fails for reasons of its own (deadline, cancel, a disk that is too small) fails alone, and a follower leads
-on with its own source; what is wrong with the image, or with the source that they share, is every follower's error, so
-that neither a bad image nor a dead service is asked once per waiter.
+waits looks for the published base and never queues for the lock after it; of a hundred followers one looks, and notes
+the use, for all. A leader that fails for reasons of its own (deadline, cancel, a disk that is too small) fails alone,
+and a follower leads on with its own source; what is wrong with the image, or with the source that they share, is every
+follower's error, so that neither a bad image nor a dead service is asked once per waiter.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ class _Flight:
     stir: threading.Event = field(default_factory=threading.Event)
     """It is done, or a base was seen."""
 
+    base: BaseImage | None = None
+    """What was seen, or fetched. Its use was noted since all who waited then had come."""
+
     scout: threading.Lock = field(default_factory=threading.Lock)
     """Held by the follower that looks for the base."""
 
@@ -86,12 +89,14 @@ class Flights:
         request: object,
         *,
         find: Callable[[], BaseImage | None],
+        accepts: Callable[[BaseImage], bool],
         fetch: Callable[[Leader], BaseImage],
         watch: Watch,
     ) -> BaseImage:
         """The base, fetched by this thread or by whoever is at it already.
 
-        ``request`` tells calls apart whose failures are not each other's (another source, another digest).
+        ``find`` looks for it and notes its use; what one thread finds is every other's that ``accepts`` it. ``request``
+        tells calls apart whose failures are not each other's (another source, another digest).
 
         Raises:
             LockTimeoutError: another process holds the lock and makes no progress.
@@ -105,7 +110,7 @@ class Flights:
                     flight = self._flights[image_id] = _Flight(request)
             if leads:
                 return self._lead(image_id, flight, find, fetch, watch)
-            if (base := self._follow(flight, request, find, watch)) is not None:
+            if (base := self._follow(flight, request, find, accepts, watch)) is not None:
                 return base
 
     def _lead(
@@ -117,10 +122,12 @@ class Flights:
         watch: Watch,
     ) -> BaseImage:
         try:
-            return self._contend(image_id, flight, find, fetch, watch)
+            flight.base = self._contend(image_id, flight, find, fetch, watch)
         except _SHARED as err:
             flight.error = err
             raise
+        else:
+            return flight.base
         finally:
             with self._mutex:
                 del self._flights[image_id]
@@ -152,9 +159,14 @@ class Flights:
             lock.release()
 
     def _follow(
-        self, flight: _Flight, request: object, find: Callable[[], BaseImage | None], watch: Watch
+        self,
+        flight: _Flight,
+        request: object,
+        find: Callable[[], BaseImage | None],
+        accepts: Callable[[BaseImage], bool],
+        watch: Watch,
     ) -> BaseImage | None:
-        if (base := self._await(flight, find, watch)) is not None:
+        if (base := self._await(flight, find, accepts, watch)) is not None:
             return base
         if flight.error is not None and flight.request == request:
             rebuild, arguments = flight.error.__reduce__()
@@ -162,7 +174,13 @@ class Flights:
         watch.check("wait")
         return None
 
-    def _await(self, flight: _Flight, find: Callable[[], BaseImage | None], watch: Watch) -> BaseImage | None:
+    def _await(
+        self,
+        flight: _Flight,
+        find: Callable[[], BaseImage | None],
+        accepts: Callable[[BaseImage], bool],
+        watch: Watch,
+    ) -> BaseImage | None:
         """The base, as soon as anybody has published it; None: the flight is over and there is none for us."""
         scouts = False
         try:
@@ -172,11 +190,14 @@ class Flights:
                     watch.report("wait", *flight.note)
                 scouts = scouts or flight.scout.acquire(blocking=False)
                 if scouts and (base := find()) is not None:
+                    flight.base = base
                     flight.stir.set()
                     return base
         finally:
             if scouts:
                 flight.scout.release()
+        if flight.base is not None and accepts(flight.base):
+            return flight.base
         while True:
             over = flight.done
             if (base := find()) is not None or over:

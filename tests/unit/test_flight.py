@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,11 +101,15 @@ def flights(tmp_path: Path) -> Flights:
     return Flights(Locks(tmp_path, timeout=20))
 
 
+def anything(_base: BaseImage) -> bool:
+    return True
+
+
 def join(
     flights: Flights, storage: Storage, who: str = "a", *, request: object = 1, watch: Watch | None = None
 ) -> BaseImage:
-    found = storage.find
-    return flights.join("img", request, find=found, fetch=storage.fetch(who), watch=watch or Watch("img"))
+    fetch = storage.fetch(who)
+    return flights.join("img", request, find=storage.find, accepts=anything, fetch=fetch, watch=watch or Watch("img"))
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -151,7 +156,7 @@ def test_different_images_fly_at_once(flights: Flights, storage: Storage) -> Non
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(join, flights, storage)
         until(lambda: bool(storage.fetches))
-        flights.join("other", 1, find=other.find, fetch=other.fetch("b"), watch=Watch("other"))
+        flights.join("other", 1, find=other.find, accepts=anything, fetch=other.fetch("b"), watch=Watch("other"))
         storage.go.set()
         assert future.result(20) == BASE
 
@@ -231,7 +236,7 @@ def test_an_exception_that_is_not_ours_leaves_no_flight_behind(flights: Flights,
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        flights.join("img", 1, find=storage.find, fetch=fetch, watch=Watch("img"))
+        flights.join("img", 1, find=storage.find, accepts=anything, fetch=fetch, watch=Watch("img"))
     storage.go.set()
     assert join(flights, storage) == BASE
 
@@ -290,7 +295,8 @@ def test_of_many_waiters_one_looks(flights: Flights, storage: Storage) -> None:
             looks.append(threading.current_thread().name)
             return storage.find()
 
-        return flights.join("img", 1, find=find, fetch=storage.fetch(str(who)), watch=Watch("img"))
+        fetch = storage.fetch(str(who))
+        return flights.join("img", 1, find=find, accepts=anything, fetch=fetch, watch=Watch("img"))
 
     with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(60) as pool:
         leader = leading(first, flights, storage)
@@ -302,6 +308,32 @@ def test_of_many_waiters_one_looks(flights: Flights, storage: Storage) -> None:
         assert len(looks) - seen < 60
         storage.go.set()
         assert [future.result(20) for future in (leader, *followers)] == [BASE] * 61
+    assert len(set(looks)) == 1  # what it saw, and what was fetched, is everyone's
+
+
+def test_who_does_not_accept_what_is_there_looks_for_another(flights: Flights, storage: Storage) -> None:
+    """A caller that expects another digest than the leader's base has."""
+    other = replace(BASE, unused_since=1.0)
+    there = threading.Event()
+
+    def follow() -> BaseImage:
+        return flights.join(
+            "img",
+            1,
+            find=lambda: other if there.is_set() else None,
+            accepts=lambda base: base is other,
+            fetch=lambda _leader: other,
+            watch=Watch("img"),
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        leader = leading(pool, flights, storage)
+        follower = pool.submit(follow)
+        time.sleep(0.1)
+        there.set()
+        storage.go.set()
+        assert leader.result(20) is BASE
+        assert follower.result(20) is other
 
 
 @pytest.mark.parametrize("same_process", [True, False])
