@@ -8,6 +8,7 @@ overfill. What a fetch has written already is in the storage's own figures and i
 from __future__ import annotations
 
 import logging
+import os
 import queue
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -170,7 +171,12 @@ class Keeper:
                         raise
             path = entry / _NAME
             _fs.unlink(path)
-            _fs.write_file(path, str(mine + needed).encode(), 0o600)
+            # not synced, which would wait for all that the fetch has written so far: a promise ends with its process
+            fd = _fs.create(path, 0o600)
+            try:
+                _fs.write(fd, 0, str(mine + needed).encode())
+            finally:
+                os.close(fd)
 
     def _taken(self, counted: _Counted) -> int:
         """What all bases take: as they were counted, where none came or went since."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
@@ -36,13 +37,15 @@ class Placer:
     def __init__(self, writer: BaseWriter, size: int) -> None:
         self._writer = writer
         self._sums = _sums.Running(size)
+        self._mutex = threading.Lock()
         self.placed = 0
 
     def put(self, offset: int, data: bytes | memoryview) -> None:
-        """Write what is not zeros. Buffers may be used again when this returns."""
+        """Write what is not zeros; in several threads at once. Buffers may be used again when this returns."""
         write_runs(self._writer.write_at, offset, data)
-        self._sums.add(offset, data)
-        self.placed += len(data)
+        with self._mutex:
+            self._sums.add(offset, data)
+            self.placed += len(data)
 
     def sums(self) -> memoryview | None:
         """The checksums of all MiBs; those whose bytes came out of order are read back. None: they cannot be."""
@@ -95,8 +98,8 @@ class Qcow2Placer:
 
     ``spool`` takes bytes of the file whose meaning is not known yet. ``admit(bytes)`` is asked before more is placed
     than the file is long: its tables tell what it unpacks to before it is unpacked. ``check()`` is asked all the time;
-    what it raises ends the work. Compressed clusters are unpacked by
-    threads, a few MiB ahead, and placed in the file's order.
+    what it raises ends the work. Compressed clusters are unpacked
+    and placed by threads, a few MiB ahead of each other.
 
     Raises:
         SurpriseError: the header tells that this file cannot be decoded here.
@@ -130,7 +133,7 @@ class Qcow2Placer:
         self._pool: ThreadPoolExecutor | None = None
         self._batch: list[Plain | Packed] = []
         self._weight = 0  # of the batch, in bytes of the guest
-        self._batches: deque[Future[list[tuple[int, bytes]]]] = deque()
+        self._batches: deque[Future[None]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -155,7 +158,7 @@ class Qcow2Placer:
             elif isinstance(found, Plain) and not self._batch and not self._batches:
                 self._placer.put(found.guest, found.data)
             elif isinstance(found, Plain):
-                # behind what is being unpacked, so that checksums are made in order
+                # with its neighbours that are being unpacked, so that checksums are made in order
                 self._queue(Plain(found.guest, memoryview(bytes(found.data))))
             else:
                 self._queue(found)
@@ -169,25 +172,28 @@ class Qcow2Placer:
         self._decoder.finish()
         self._submit()
         while self._batches:
-            self._place_first()
+            self._settle_first()
 
     def _queue(self, found: Plain | Packed) -> None:
+        # batches meet where MiBs do, if they can: where two threads have parts of one, it is read back for its checksum
+        if self._weight >= _BATCH // 2 and found.guest % _BATCH == 0:
+            self._submit()
         self._batch.append(found)
         self._weight += len(found.data) if isinstance(found, Plain) else self._cluster
         if self._weight >= _BATCH:
             self._submit()
         while len(self._batches) > 2 * self._threads or (self._batches and self._batches[0].done()):
-            self._place_first()
+            self._settle_first()
 
     def _submit(self) -> None:
         if self._batch:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._threads, "unpack")
-            self._batches.append(self._pool.submit(self._unpacked, self._batch))
+            self._batches.append(self._pool.submit(self._place, self._batch))
             self._batch, self._weight = [], 0
 
-    def _unpacked(self, batch: list[Plain | Packed]) -> list[tuple[int, bytes]]:
-        """The clusters' bytes, neighbours in one piece."""
+    def _place(self, batch: list[Plain | Packed]) -> None:
+        """Unpack the clusters and place them, neighbours in one piece."""
         runs: list[tuple[int, list[bytes | memoryview]]] = []
         end = -1
         for found in batch:
@@ -196,13 +202,12 @@ class Qcow2Placer:
                 runs.append((found.guest, []))
             runs[-1][1].append(data)
             end = found.guest + len(data)
-        return [(guest, b"".join(parts)) for guest, parts in runs]
+        for guest, parts in runs:
+            self._placer.put(guest, memoryview(b"".join(parts))[: self._size - guest])
 
-    def _place_first(self) -> None:
+    def _settle_first(self) -> None:
         self._check()
         try:
-            batch = self._batches.popleft().result()
+            self._batches.popleft().result()
         except PackedError as err:
             raise SurpriseError(str(err)) from err
-        for guest, data in batch:
-            self._placer.put(guest, memoryview(data)[: self._size - guest])

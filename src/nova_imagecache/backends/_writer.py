@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -56,8 +57,53 @@ class FileOptions:
         return cls(**options)
 
 
-_WRITEBACK = 16 << 20
-"""Bytes that are written before the kernel is asked to begin with them."""
+_EARLY = 16 << 20
+"""Bytes that are written before the device is asked to make them durable."""
+
+_PATIENCE = 0.5
+"""Seconds for an early sync to end."""
+
+
+class _EarlySync:
+    """Makes a file durable while it is still written, in a thread: the sync at the end finds little left to do.
+
+    Promises nothing. It has a descriptor of its own, since the kernel tells each descriptor once that something could
+    not be written: the writer's own sync hears of it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._more = threading.Event()
+        self._over = False
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """There is more to be synced. Not called by two threads at once."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=f"sync-{self._path.parent.name}", daemon=True)
+            self._thread.start()
+        self._more.set()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self._over = True
+        self._more.set()
+
+    def join(self) -> None:
+        """The thread has ended, or hangs in the device: then it is left behind, and ends with it."""
+        self.end()
+        if self._thread is not None:
+            self._thread.join(_PATIENCE)
+
+    def _run(self) -> None:
+        with suppress(OSError):  # the writer's own sync meets it again, and tells
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                while self._more.wait() and not self._over:
+                    self._more.clear()
+                    os.fdatasync(fd)
+            finally:
+                os.close(fd)
 
 
 class FileWriter(BaseWriter):
@@ -71,7 +117,9 @@ class FileWriter(BaseWriter):
         self._directory = self._entry.path
         self.path: Path | None = self._directory / "disk"
         self._fd = -1
-        self._dirty = (0, 0)
+        self._mutex = threading.Lock()
+        self._unsynced = 0
+        self._early = _EarlySync(self.path)
         try:
             self._fd = _fs.create(self.path, 0o600)
         except BaseException:
@@ -83,12 +131,11 @@ class FileWriter(BaseWriter):
 
     def write_at(self, offset: int, buffer: bytes | bytearray | memoryview) -> None:
         _fs.write(self._fd, offset, buffer)
-        begun, length = self._dirty
-        # begun and written back in runs: bytes come in order, or nearly
-        if offset + len(buffer) - begun > _WRITEBACK or offset < begun:
-            _fs.start_writeback(self._fd, begun, length)
-            begun, length = offset, 0
-        self._dirty = begun, max(length, offset + len(buffer) - begun)
+        with self._mutex:
+            self._unsynced += len(buffer)
+            if self._unsynced >= _EARLY:
+                self._unsynced = 0
+                self._early.begin()
 
     def write_sums(self, sums: bytes | memoryview) -> None:
         fd = _fs.create(self._directory / "disk.sums", 0o600)
@@ -101,6 +148,7 @@ class FileWriter(BaseWriter):
             os.close(fd)
 
     def sync(self) -> None:
+        self._early.end()
         _fs.fsync(self._fd)
 
     def publish(self, record: BaseRecord) -> BaseImage:
@@ -119,6 +167,7 @@ class FileWriter(BaseWriter):
     def discard(self) -> None:
         entry, self._entry = self._entry, None
         fd, self._fd = self._fd, -1
+        self._early.join()
         try:
             if entry is not None:
                 _fs.rmtree(self._directory)
