@@ -98,8 +98,7 @@ class Qcow2Placer:
 
     ``spool`` takes bytes of the file whose meaning is not known yet. ``admit(bytes)`` is asked before more is placed
     than the file is long: its tables tell what it unpacks to before it is unpacked. ``check()`` is asked all the time;
-    what it raises ends the work. Compressed clusters are unpacked
-    and placed by threads, a few MiB ahead of each other.
+    what it raises ends the work. Compressed clusters are unpacked and placed by threads, in any order.
 
     Raises:
         SurpriseError: the header tells that this file cannot be decoded here.
