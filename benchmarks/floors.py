@@ -48,7 +48,7 @@ def floor_of(document: Figures, case: str) -> Floor | None:
         seconds=statistics.median(one[0] for one in rounds),
         floor=statistics.median(one[1] for one in rounds),
         times=statistics.median(one[0] / one[1] for one in rounds),
-        slowest=max(set(names), key=names.count),
+        slowest=max(names, key=names.count),  # of as many, the first: the page must not change by itself
         terms={
             name: statistics.median(one[3][name] for one in rounds if name in one[3])
             for name in TERMS
