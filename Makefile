@@ -1,10 +1,10 @@
 # The project's commands. `make help` lists them; CONTRIBUTING.md says when to use which.
 #
-# PYTHON    the interpreter that environments are made with (default: python3, 3.11 or newer)
+# PYTHON    the interpreter that environments are made with, 3.11 or newer (default: see tools/interpreter.sh)
 # WORKERS   processes that run tests side by side (default: 2)
 # ARGS      more arguments for pytest: make test ARGS="-k cleanup"
 
-PYTHON ?= python3
+PYTHON ?=
 WORKERS ?= 2
 ARGS ?=
 export PYTHON

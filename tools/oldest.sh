@@ -2,14 +2,15 @@
 # The quick tests with the oldest releases of all dependencies that pyproject.toml allows: tools/oldest.sh PYTEST-ARGUMENTS...
 #
 # They are installed into an environment of their own, .work/oldest. libvirt-python is left out: it must fit the machine's
-# libvirt. PYTHON chooses the interpreter.
+# libvirt. PYTHON chooses the interpreter (default: see tools/interpreter.sh).
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 cd "$here"
 environment=.work/oldest
 mkdir -p .work
-"${PYTHON:-python3}" -m venv --clear "$environment"
+. tools/interpreter.sh
+"$python" -m venv --clear "$environment"
 python=$environment/bin/python
 "$python" - >"$environment/oldest.txt" <<'PYTHON'
 import pathlib, tomllib

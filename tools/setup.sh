@@ -6,7 +6,7 @@
 #                                  modules too
 #   tools/setup.sh bench           as test without libvirt, and the peers Nova and Ironic in .venv-nova and .venv-ironic
 #
-# PYTHON chooses the interpreter (default: python3, 3.11 or newer). The machine's own configuration of pip and apt
+# PYTHON chooses the interpreter, 3.11 or newer (default: see tools/interpreter.sh). The machine's own configuration of pip and apt
 # decides where packages come from. System packages are installed by root only; everybody else is told which to install.
 set -euo pipefail
 
@@ -24,7 +24,7 @@ esac
 here=$(cd "$(dirname "$0")/.." && pwd)
 cd "$here"
 PATH=$PATH:/usr/sbin:/sbin
-python=${PYTHON:-python3}
+. tools/interpreter.sh
 glance_requirements=tests/services/glance-requirements.txt
 with_ceph=no
 case $purpose in test | bench) with_ceph=yes ;; esac
@@ -38,11 +38,11 @@ flock -n 9 || { say 'waiting for another setup of this folder'; flock 9; }
 
 command -v "$python" >/dev/null || die "no $python: install Python 3.11 or newer, or name one with PYTHON=..."
 
-# Prints the version, the name of its C interface, whether pip can be put into an environment, and a key of what .venv
-# and .venv-glance are made of: only the parts of pyproject.toml that pip reads, so that a changed lint rule installs
-# nothing.
+# Prints the version, the name of its C interface, whether pip can be put into an environment, a key of what .venv and
+# .venv-glance are made of (only the parts of pyproject.toml that pip reads, so that a changed lint rule installs
+# nothing), and where it is.
 facts=$("$python" - "$glance_requirements" <<'PYTHON'
-import hashlib, importlib.util, pathlib, sys, sysconfig
+import hashlib, importlib.util, os, pathlib, sys, sysconfig
 
 if sys.version_info < (3, 11):
     sys.exit(f"setup: {sys.executable} is Python {sys.version.split()[0]}: 3.11 or newer is needed, name one with PYTHON=...")
@@ -55,10 +55,10 @@ key = hashlib.sha256(repr(parts).encode()).hexdigest()
 glance = hashlib.sha256(pathlib.Path(sys.argv[1]).read_bytes()).hexdigest()
 pip = importlib.util.find_spec("ensurepip") is not None and importlib.util.find_spec("venv") is not None
 soabi = sysconfig.get_config_var("SOABI") or "none"
-print("%d.%d" % sys.version_info[:2], soabi, "yes" if pip else "no", key, glance)
+print("%d.%d" % sys.version_info[:2], soabi, "yes" if pip else "no", key, glance, os.path.realpath(sys._base_executable))
 PYTHON
 ) || exit 1
-read -r version soabi has_pip key glance_key <<<"$facts"
+read -r version soabi has_pip key glance_key executable <<<"$facts"
 
 # --- system packages ----------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ fi
 # current NAME KEY: the environment is there, of this Python, in this place, and made of what KEY stands for.
 current() { usable "$1" && [ "$(cat "$1/.made-of" 2>/dev/null)" = "$2" ]; }
 usable() {
-    [ -x "$1/bin/python" ] && [ -d "$1/lib/python$version/site-packages" ] || return 1
+    [ -x "$1/bin/python" ] && [ "$(readlink -f "$1/bin/python")" = "$executable" ] || return 1
     # an environment cannot be moved: its scripts name the place where it was made
     ! grep -q '^command = ' "$1/pyvenv.cfg" || grep -qF " $here/$1" "$1/pyvenv.cfg"
 }
