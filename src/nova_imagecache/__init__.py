@@ -75,8 +75,6 @@ from nova_imagecache.exceptions import (
     UsersUnknownError,
 )
 from nova_imagecache.sources import ImageSource
-from nova_imagecache.sources.directory import DirectorySource
-from nova_imagecache.sources.glance import GlanceSource
 
 __all__ = [
     "Backend",
@@ -146,13 +144,24 @@ __all__ = [
 
 
 if TYPE_CHECKING:
+    from nova_imagecache.sources.directory import DirectorySource
+    from nova_imagecache.sources.glance import GlanceSource
+
     __version__: str
 else:  # a type checker that saw this would take every name for one of ours
 
-    def __getattr__(name: str) -> str:
-        # importlib.metadata costs milliseconds and few callers ask
+    def __getattr__(name: str) -> object:
+        # what costs milliseconds and few callers ask for
         if name == "__version__":
             from importlib.metadata import version
 
             return version("nova-imagecache")
+        if name == "DirectorySource":
+            from nova_imagecache.sources.directory import DirectorySource
+
+            return DirectorySource
+        if name == "GlanceSource":
+            from nova_imagecache.sources.glance import GlanceSource
+
+            return GlanceSource
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from nova_imagecache._config import CacheConfig
     from nova_imagecache._guard import GuardedBackend, GuardedSource
     from nova_imagecache._layout import Root
-    from nova_imagecache._models import BaseImage
     from nova_imagecache._removal import Remover
-    from nova_imagecache.backends import BackendPaths
+    from nova_imagecache.backends import BackendPaths, Survey
 
 _MIB = 1 << 20
 _log = logging.getLogger(__name__)
@@ -28,8 +27,8 @@ _log = logging.getLogger(__name__)
 
 def usage(backend: GuardedBackend, remover: Remover, paths: BackendPaths) -> CacheUsage:
     """What the cache takes now, and what of it could go. The finders are asked at most once; doubt frees nothing."""
-    figures, bases = _counted(backend, paths)
-    return replace(figures, reclaimable=_reclaimable(bases, remover))
+    figures, counted = _counted(backend, paths)
+    return replace(figures, reclaimable=_reclaimable(counted, remover))
 
 
 def reserved_disk_mb(backend: GuardedBackend, paths: BackendPaths, static_mb: int) -> int:
@@ -40,14 +39,14 @@ def reserved_disk_mb(backend: GuardedBackend, paths: BackendPaths, static_mb: in
     """
     if not backend.properties.local or _own_filesystem(paths):
         return static_mb
-    figures, _bases = _counted(backend, paths)
+    figures, _counts = _counted(backend, paths)
     if not figures.complete:
         todo = "Report the last complete figure, and look at the log for what could not be counted"
         raise BackendError("the cache could not be counted whole", stage="usage", todo=todo)
     return static_mb + -(-figures.allocated // _MIB)
 
 
-def _counted(backend: GuardedBackend, paths: BackendPaths) -> tuple[CacheUsage, list[tuple[BaseImage, int]]]:
+def _counted(backend: GuardedBackend, paths: BackendPaths) -> tuple[CacheUsage, list[tuple[Survey, int]]]:
     """The figures, nothing reclaimable, and each base with its bytes.
 
     Things move from staging to bases to trash, and are counted in that order: one that moves meanwhile is counted twice
@@ -55,12 +54,13 @@ def _counted(backend: GuardedBackend, paths: BackendPaths) -> tuple[CacheUsage, 
     """
     before = backend.capacity()
     complete = before.complete
-    bases = []
-    for base in backend.iter_bases():
+    counted = []
+    for survey in backend.survey():
+        base, allocated = survey.base, survey.allocated
         if not base.managed:
             continue
         try:
-            bases.append((base, backend.usage(base).allocated))
+            counted.append((survey, backend.usage(base).allocated if allocated is None else allocated))
         except BaseNotFoundError:  # retired meanwhile: the trash is counted after the bases
             continue
         except ImageCacheError as err:
@@ -68,8 +68,8 @@ def _counted(backend: GuardedBackend, paths: BackendPaths) -> tuple[CacheUsage, 
             complete = False
     after = backend.capacity()
     figures = CacheUsage(
-        base_count=len(bases),
-        bases=sum(allocated for _base, allocated in bases),
+        base_count=len(counted),
+        bases=sum(allocated for _survey, allocated in counted),
         staging=before.staging,
         trash=after.trash,
         reclaimable=0,
@@ -80,17 +80,18 @@ def _counted(backend: GuardedBackend, paths: BackendPaths) -> tuple[CacheUsage, 
         local=backend.properties.local,
         complete=complete and after.complete,
     )
-    return figures, bases
+    return figures, counted
 
 
-def _reclaimable(bases: Sequence[tuple[BaseImage, int]], remover: Remover) -> int:
+def _reclaimable(counted: Sequence[tuple[Survey, int]], remover: Remover) -> int:
     """The bytes of the bases that have neither users nor pins, as far as anybody can tell."""
     pinned = remover.root.pinned()
     now = remover.clock()
     alone = [
-        (base, allocated)
-        for base, allocated in bases
-        if not remover.has_users(base) and not (base.image_id in pinned and remover.root.pins(base.image_id, now))
+        (survey.base, allocated)
+        for survey, allocated in counted
+        if not remover.has_users(survey)
+        and not (survey.base.image_id in pinned and remover.root.pins(survey.base.image_id, now))
     ]
     try:
         # only of those: a finder looks at every disk, and nearly always nearly every base has a user that storage knows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
@@ -156,6 +155,8 @@ class ImageCache:
             except ImageCacheError as err:
                 return EnsureResult(image_id=image_id, error=err)
             return EnsureResult(image_id=image_id, base=base)
+
+        from concurrent.futures import ThreadPoolExecutor
 
         with ThreadPoolExecutor(self._engine.config.max_concurrent_fetches, "ensure") as pool:
             return list(pool.map(one, image_ids))

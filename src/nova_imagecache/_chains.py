@@ -51,6 +51,7 @@ class KnownBases:
         self.image_ids = frozenset(base.image_id for base in bases)
         self.damaged: dict[str, str] = {}
         self._inodes: dict[tuple[int, int], str] = {}
+        self._links: dict[Path | str, str] = {}
         self._paths: dict[str, str] = {}
         for base in bases:
             if not isinstance(base.location, FileLocation):
@@ -70,6 +71,8 @@ class KnownBases:
 
     def at(self, path: Path | str) -> str | None:
         """The image whose base is at this path now, or was."""
+        if (image_id := self._links.get(path)) is not None:
+            return image_id
         try:
             found = os.stat(path)  # noqa: PTH116 - thousands in a pass
         except (OSError, ValueError):  # not there, not to be seen, or no name that a file can have
@@ -84,7 +87,10 @@ class KnownBases:
             found = entry.stat(follow_symlinks=False)
         except OSError:
             return False
-        return (found.st_dev, found.st_ino) in self._inodes
+        image_id = self._inodes.get((found.st_dev, found.st_ino))
+        if image_id is not None:
+            self._links[entry.path] = image_id
+        return image_id is not None
 
 
 def uses(path: Path | str, known: KnownBases) -> Iterator[tuple[str, bool]]:

@@ -12,7 +12,6 @@ import errno
 import fcntl
 import functools
 import os
-import secrets
 import shutil
 import stat
 from contextlib import suppress
@@ -232,7 +231,7 @@ def copy_range(source: int, target: int, offset: int, length: int) -> None:
 
 def random_suffix() -> str:
     """Text for a name that nobody else uses."""
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
 
 
 def make_dirs(path: Path, mode: int) -> None:

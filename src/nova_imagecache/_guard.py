@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Retired,
         RootDisk,
     )
+    from nova_imagecache.backends import Survey
     from nova_imagecache.sources import ImageSource
 
 _log = logging.getLogger(__name__)
@@ -174,6 +175,10 @@ class GuardedBackend(_Guard, Backend):
     def iter_bases(self) -> Iterator[BaseImage]:
         with self._call("iter_bases"):
             yield from self._inner.iter_bases()
+
+    def survey(self) -> Iterator[Survey]:
+        with self._call("survey"):
+            yield from self._inner.survey()
 
     def stage_base(self, image_id: str, format: str) -> BaseWriter:  # noqa: A002 - the contract's name
         with self._call("stage_base", image_id):

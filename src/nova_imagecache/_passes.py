@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nova_imagecache import _cleanup, _users
 from nova_imagecache._models import CleanupReport
 from nova_imagecache._removal import BaseBusyError
+from nova_imagecache.backends import Survey
 from nova_imagecache.exceptions import (
     BaseInUseError,
     BaseNotFoundError,
@@ -83,32 +84,34 @@ class Passes:
 
     def facts(self) -> list[_cleanup.BaseFacts]:
         """What is known of every base, the finders asked once for all of them."""
-        bases = list(self._backend.iter_bases())
+        surveys = list(self._backend.survey())
         found: dict[str, list[DiskUser]] = {}
         doubt = ""
         try:
-            found = _users.from_finders(self._remover.finders, bases)
+            found = _users.from_finders(self._remover.finders, [survey.base for survey in surveys])
         except UsersUnknownError as err:
             _log.warning("every base is kept: %s", err)
             doubt = err.detail
         pinned = self._remover.root.pinned()
         facts = []
-        for base in bases:
-            fact = self._facts(base, found.get(base.image_id, ()), doubt, pinned=base.image_id in pinned)
+        for survey in surveys:
+            image_id = survey.base.image_id
+            fact = self._facts(survey, found.get(image_id, ()), doubt, pinned=image_id in pinned)
             if fact is not None:
                 facts.append(fact)
         return facts
 
     def _facts(
-        self, base: BaseImage, found: Sequence[DiskUser], doubt: str = "", *, pinned: bool = True
+        self, survey: Survey, found: Sequence[DiskUser], doubt: str = "", *, pinned: bool = True
     ) -> _cleanup.BaseFacts | None:
         """What is known of one base, None: it is gone. ``found`` is the finders'; ``pinned``: a pin may be there."""
+        base, stored, allocated = survey.base, survey.users, survey.allocated
         pins = self._remover.root.pins(base.image_id, self.now()) if pinned else ()
         users: int | None = None
-        allocated = 0
         try:
-            counted = _users.count(self._backend.iter_users(base), found)
-            allocated = self._backend.usage(base).allocated
+            counted = _users.count(self._backend.iter_users(base) if stored is None else stored, found)
+            if allocated is None:
+                allocated = self._backend.usage(base).allocated
             users = None if doubt else counted
         except BaseNotFoundError:  # removed while we looked
             return None
@@ -122,7 +125,7 @@ class Passes:
             pins=tuple(pin.owner for pin in pins),
             last_used=base.last_used,
             unused_since=base.unused_since,
-            allocated=allocated,
+            allocated=allocated or 0,
             doubt=doubt,
         )
 
@@ -235,7 +238,7 @@ class Passes:
         """The base and its allocated bytes, if it may still go: the plan may be old, today's marks and users decide."""
         base = self._backend.find_base(image_id)
         # the finders had their first look for the plan, and have their second when all are retired
-        facts = self._facts(base, ()) if base is not None else None
+        facts = self._facts(Survey(base=base), ()) if base is not None else None
         if base is None or facts is None:
             raise BaseNotFoundError(image_id=image_id)
         now = self._remover.clock()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
 from nova_imagecache import _extents, _fs, _sums
@@ -15,7 +14,7 @@ from nova_imagecache._packed import Packed, SurpriseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Future
+    from concurrent.futures import Future, ThreadPoolExecutor
     from pathlib import Path
 
     from nova_imagecache._qcow2 import Qcow2Header
@@ -187,6 +186,8 @@ class Qcow2Placer:
     def _submit(self) -> None:
         if self._batch:
             if self._pool is None:
+                from concurrent.futures import ThreadPoolExecutor
+
                 self._pool = ThreadPoolExecutor(self._threads, "unpack")
             self._batches.append(self._pool.submit(self._place, self._batch))
             self._batch, self._weight = [], 0

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nova_imagecache._guard import GuardedBackend
     from nova_imagecache._layout import Root
     from nova_imagecache._models import BaseImage, DiskUser, Retired
+    from nova_imagecache.backends import Survey
 
 _log = logging.getLogger(__name__)
 
@@ -106,10 +107,11 @@ class Remover:
         finally:
             lock.release()
 
-    def has_users(self, base: BaseImage) -> bool:
+    def has_users(self, survey: Survey) -> bool:
         """Whether the storage knows a user; doubt counts as one."""
+        base = survey.base
         try:
-            return any(True for _user in self.backend.iter_users(base))
+            return any(True for _user in self.backend.iter_users(base)) if survey.users is None else bool(survey.users)
         except ImageCacheError as err:
             _log.warning("base %s counts as used: %s", base.image_id, err)
             return True

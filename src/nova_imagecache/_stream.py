@@ -7,7 +7,6 @@ slowest of them, and the ring is all the memory it needs.
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 import time
@@ -60,6 +59,8 @@ class Stream:
         look: Callable[[memoryview], None],
         check: Callable[[], None],
     ) -> None:
+        import hashlib
+
         self._source = source
         self._image = image
         self._look = look

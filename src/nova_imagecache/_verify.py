@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tempfile
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _fs, _sums
@@ -70,6 +68,8 @@ def _compare_digest(
 ) -> str | None:
     if digest is None:
         return None
+    import hashlib
+
     hasher = hashlib.new(digest.algorithm, usedforsecurity=False)
     zeros = bytes(_sums.MIB)
     position = 0
@@ -131,6 +131,8 @@ def copy_out(backend: GuardedBackend, base: BaseImage, path: Path, check: Callab
 
 def _copy_extents(backend: GuardedBackend, base: BaseImage, path: Path, check: Callable[[], None]) -> None:
     """The same from storage that is no file here."""
+    import tempfile
+
     with tempfile.TemporaryFile(dir=path.parent) as whole:
         for extent in backend.read_base(base):
             check()

@@ -119,6 +119,17 @@ def test_every_file_counts(name: str, place: Place) -> None:
     assert place.kept()
 
 
+def test_a_record_is_told_by_the_link_beside_it(place: Place) -> None:
+    """What is called as the record of a disk of ours is passed over beside a link to a base, and only there."""
+    place.overlay("vm/disk", "disk.base")
+    os.link(place.base, place.disks / "vm" / "disk.base")
+    place.overlay("vm/disk.json", place.base)
+    assert place.found() == [("img", "vm/disk")]
+    (place.disks / "vm" / "disk.base").unlink()
+    (place.disks / "vm" / "disk.base").write_bytes(b"no base")
+    assert place.found() == [("img", "vm/disk.json")]
+
+
 @pytest.mark.parametrize("form", ["absolute", "relative", "file:", "file:relative", "dots", "link"])
 def test_backing_names_in_every_form(form: str, place: Place) -> None:
     """As qemu reads them: relative to the file, with or without the protocol, by another link of the same inode."""

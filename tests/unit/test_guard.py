@@ -46,6 +46,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "close": (),
     "find_base": ("img",),
     "iter_bases": (),
+    "survey": (),
     "stage_base": ("img", "raw"),
     "touch_base": (BASE,),
     "mark_unused": (BASE, 1.0),

@@ -97,6 +97,7 @@ __all__ = [
     "RecoveryReport",
     "Retired",
     "RootDisk",
+    "Survey",
     "UsersUnknownError",
     "dump_record",
     "hold",
@@ -149,6 +150,18 @@ class BackendPaths:
     disks_dir: Path
     group: str | None = None
     qemu_user: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """A base, and what one look at it tells besides: its ``users`` as ``iter_users`` has them, its ``allocated`` bytes.
+
+    None: not told, or it cannot be told. The core asks for it.
+    """
+
+    base: BaseImage
+    users: tuple[DiskUser, ...] | None = None
+    allocated: int | None = None
 
 
 class Claim:
@@ -251,6 +264,12 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def iter_bases(self) -> Iterator[BaseImage]:
         """Every base, in any order. One that cannot be read is left out and logged."""
+
+    def survey(self) -> Iterator[Survey]:
+        """What a pass over every base asks: for storage that tells in one look what ``iter_bases``, ``iter_users`` and
+        ``usage`` tell in three. The default tells of the bases alone."""
+        for base in self.iter_bases():
+            yield Survey(base=base)
 
     @abc.abstractmethod
     def stage_base(self, image_id: str, format: str) -> BaseWriter:  # noqa: A002 - the word that "base format" has everywhere

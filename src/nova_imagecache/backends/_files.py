@@ -37,6 +37,7 @@ from nova_imagecache.backends import (
     DiskUser,
     FileLocation,
     Retired,
+    Survey,
     _reown,
 )
 from nova_imagecache.backends._writer import FileOptions, FileWriter
@@ -99,19 +100,76 @@ class FileBases(Backend):
             if (base := self._read(image_id)) is not None:
                 yield base
 
+    def survey(self) -> Iterator[Survey]:
+        referenced: frozenset[str] | None
+        try:
+            referenced = frozenset(os.listdir(self._users))  # noqa: PTH208 - names, not paths
+        except FileNotFoundError:
+            referenced = frozenset()
+        except OSError:  # each base will say so
+            referenced = None
+        for image_id in _entries.names(self._bases):
+            try:
+                survey = self._look(image_id, referenced=referenced is None or image_id in referenced)
+            except OSError:  # who asks for the users or the usage of this base alone hears why
+                survey = Survey(base=base) if (base := self._read(image_id)) is not None else None
+            if survey is not None:
+                yield survey
+
     # a hit is bound by its stats, and a pass by those of ten thousand bases: names are joined as text
 
     def _read(self, image_id: str) -> BaseImage | None:
         directory = f"{self._bases}/{image_id}"
         try:
-            described = os.stat(f"{directory}/base.json")  # noqa: PTH116 - as above
-            record = self._record(image_id, directory, (described.st_ino, described.st_mtime_ns))
+            record = self._record(image_id, directory, os.stat(f"{directory}/base.json"))  # noqa: PTH116 - as above
             size = os.stat(f"{directory}/disk").st_size  # noqa: PTH116 - as above
         except (FileNotFoundError, NotADirectoryError):
             self._parsed.pop(image_id, None)
             return None
-        except _records.RecordError as err:
-            _log.warning("base %s is left alone: its record cannot be read: %s", image_id, err)
+        return self._base(image_id, record, size, _mark(f"{directory}/last-used"), _mark(f"{directory}/unused-since"))
+
+    def _look(self, image_id: str, *, referenced: bool) -> Survey | None:
+        """As ``_read``, and what one listing tells besides; ``referenced``: there may be path references."""
+        directory = f"{self._bases}/{image_id}"
+        found: dict[str, os.stat_result] = {}
+        try:
+            blocks = _stat_entries(directory, found)
+            record = self._record(image_id, directory, found["base.json"])
+            disk = found["disk"]
+        except (FileNotFoundError, NotADirectoryError, KeyError):
+            self._parsed.pop(image_id, None)
+            return None
+        used, unused = found.get("last-used"), found.get("unused-since")
+        base = self._base(image_id, record, disk.st_size, used and used.st_mtime, unused and unused.st_mtime)
+        if base is None:
+            return None
+        users = (DiskUser(image_id=image_id, known_by="link"),) * (disk.st_nlink - 1)
+        if referenced:
+            users = (*self._path_users(image_id), *users)
+        return Survey(base=base, users=users, allocated=blocks * 512)
+
+    def _record(self, image_id: str, directory: str, described: os.stat_result) -> BaseRecord | None:
+        # a published record never changes, so its inode and mtime stand for its content
+        key = (described.st_ino, described.st_mtime_ns)
+        parsed = self._parsed.get(image_id)
+        if parsed is None or parsed[0] != key:
+            try:
+                parsed = (key, _records.load_base(_read_bytes(f"{directory}/base.json")))
+            except _records.RecordError as err:
+                _log.warning("base %s is left alone: its record cannot be read: %s", image_id, err)
+                return None
+            self._parsed[image_id] = parsed
+        return parsed[1]
+
+    def _base(
+        self,
+        image_id: str,
+        record: BaseRecord | None,
+        size: int,
+        last_used: float | None,
+        unused_since: float | None,
+    ) -> BaseImage | None:
+        if record is None:
             return None
         if size != record.size:
             # cut off, by a damaged filesystem or a careless hand: the next fetch puts it into quarantine
@@ -121,18 +179,10 @@ class FileBases(Backend):
             image_id=image_id,
             location=FileLocation(path=self._bases.joinpath(image_id, "disk")),
             record=record,
-            last_used=_mark(f"{directory}/last-used"),
-            unused_since=_mark(f"{directory}/unused-since"),
-            inspected=_inspected(directory, record),
+            last_used=last_used,
+            unused_since=unused_since,
+            inspected=_inspected(f"{self._bases}/{image_id}", record),
         )
-
-    def _record(self, image_id: str, directory: str, key: tuple[int, int]) -> BaseRecord:
-        # a published record never changes, so its inode and mtime stand for its content
-        parsed = self._parsed.get(image_id)
-        if parsed is None or parsed[0] != key:
-            parsed = (key, _records.load_base(_read_bytes(f"{directory}/base.json")))
-            self._parsed[image_id] = parsed
-        return parsed[1]
 
     # --- making
 
@@ -314,15 +364,8 @@ class FileBases(Backend):
     # --- figures
 
     def usage(self, base: BaseImage) -> DiskUsage:
-        directory = os.path.dirname(_path(base))  # noqa: PTH120 - thousands in a pass
         try:
-            blocks = os.stat(directory).st_blocks  # noqa: PTH116 - likewise
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    try:
-                        blocks += entry.stat(follow_symlinks=False).st_blocks
-                    except FileNotFoundError:  # a mark that was taken away meanwhile
-                        continue
+            blocks = _stat_entries(os.path.dirname(_path(base)), {})  # noqa: PTH120 - thousands in a pass
         except FileNotFoundError:
             raise BaseNotFoundError(image_id=base.image_id, stage="usage") from None
         return DiskUsage(virtual_size=base.virtual_size, allocated=blocks * 512)
@@ -411,6 +454,19 @@ def _read_bytes(path: str) -> bytes:
         return data
     finally:
         os.close(fd)
+
+
+def _stat_entries(directory: str, found: dict[str, os.stat_result]) -> int:
+    """Put the status of each entry into ``found``; the blocks of 512 bytes of all, and of the directory."""
+    blocks = os.stat(directory).st_blocks  # noqa: PTH116 - thousands in a pass
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            try:
+                found[entry.name] = status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:  # a mark that was taken away meanwhile
+                continue
+            blocks += status.st_blocks
+    return blocks
 
 
 def _mark(path: str | Path) -> float | None:

@@ -193,7 +193,7 @@ class CreationContract(ContractKit):
             self.check_disk(backend, disk, self.sample(backend), "a disk that is made beside others is whole")
 
 
-@chapter("users", "backends.Backend.iter_users", "backends.DiskUser")
+@chapter("users", "backends.Backend.iter_users", "backends.Backend.survey", "backends.DiskUser")
 class UsersContract(ContractKit):
     """Who depends on a base."""
 
@@ -231,6 +231,30 @@ class UsersContract(ContractKit):
         disk = self.create(backend, base)
         standing = disk.reference == "none"
         same(len(list(backend.iter_users(base))), 0 if standing else 1, "a user is a disk with a reference")
+
+    def test_a_survey_tells_the_same(self, backend: Backend) -> None:
+        """``survey`` tells of every base, its users and its bytes what one hears who asks for each, or nothing."""
+        made = {image_id: self.publish(backend, image_id) for image_id in ("alone", "used", "marked", "retired")}
+        for disk_id in ("vm-1", "vm-2"):
+            self.create(backend, made["used"], disk_id)
+        backend.touch_base(made["used"])
+        backend.mark_unused(made["marked"], 1_000_000_000.0)
+        backend.retire_base(made["retired"])
+        surveys = list(backend.survey())
+        same(
+            sorted(survey.base.image_id for survey in surveys),
+            ["alone", "marked", "used"],
+            "a survey has every base that is listed, once",
+        )
+        for survey in surveys:
+            base = survey.base
+            same(base, backend.find_base(base.image_id), "a survey tells of a base what find_base tells")
+            users = list(backend.iter_users(base))
+            told = users if survey.users is None else list(survey.users)
+            same(sorted(map(repr, told)), sorted(map(repr, users)), "a survey's users are those of iter_users, or None")
+            allocated = backend.usage(base).allocated
+            told_bytes = allocated if survey.allocated is None else survey.allocated
+            same(told_bytes, allocated, "a survey's bytes are those of usage, or None")
 
     def _check_words(self, backend: Backend, base: BaseImage, names: list[tuple[str, str]]) -> None:
         for user in backend.iter_users(base):
