@@ -48,12 +48,23 @@ class Placer:
 
     def sums(self) -> memoryview | None:
         """The checksums of all MiBs; those whose bytes came out of order are read back. None: they cannot be."""
-        for offset, length in self._sums.missing():
-            data = self._writer.read_at(offset, length)
-            if data is None:
-                return None
-            self._sums.set(offset, data)
+        missing = list(self._sums.missing())
+        if missing:
+            from concurrent.futures import ThreadPoolExecutor
+
+            with ThreadPoolExecutor(_MOST_THREADS, "read-back") as pool:
+                if not all(pool.map(self._read_back, missing)):
+                    return None
         return self._sums.digest()
+
+    def _read_back(self, piece: tuple[int, int]) -> bool:
+        """Sum one MiB as it was written; whether the writer can read."""
+        offset, length = piece
+        data = self._writer.read_at(offset, length)
+        if data is None:
+            return False
+        self._sums.set(offset, data)
+        return True
 
 
 def write_runs(write_at: Callable[[int, memoryview], None], offset: int, data: bytes | memoryview) -> None:
@@ -174,7 +185,7 @@ class Qcow2Placer:
 
     def _queue(self, found: Plain | Packed) -> None:
         # batches meet where MiBs do, if they can: where two threads have parts of one, it is read back for its checksum
-        if self._weight >= _BATCH // 2 and found.guest % _BATCH == 0:
+        if self._weight >= _BATCH // 2 and found.guest // MIB != self._batch[-1].guest // MIB:
             self._submit()
         self._batch.append(found)
         self._weight += len(found.data) if isinstance(found, Plain) else self._cluster
@@ -193,10 +204,10 @@ class Qcow2Placer:
             self._batch, self._weight = [], 0
 
     def _place(self, batch: list[Plain | Packed]) -> None:
-        """Unpack the clusters and place them, neighbours in one piece."""
+        """Unpack the clusters and place them, neighbours in one piece and in order, as far as one batch goes."""
         runs: list[tuple[int, list[bytes | memoryview]]] = []
         end = -1
-        for found in batch:
+        for found in sorted(batch, key=lambda found: found.guest):
             data = found.data if isinstance(found, Plain) else self._unpack(found.data)
             if found.guest != end:
                 runs.append((found.guest, []))

@@ -84,16 +84,27 @@ def wait_for(device: Device, count: int) -> None:
 
 
 def test_the_device_works_while_bytes_are_written(device: Device, writer: FileWriter) -> None:
-    """After each 16 MiB; what comes while it is busy is synced once it is free, together."""
-    fill(writer, 0, 15)
+    """After 4 MiB; what comes while it is busy is synced once it is free, together."""
+    fill(writer, 0, 3)
     assert syncing() == []
-    fill(writer, 15, 16)
+    fill(writer, 3, 4)
     wait_for(device, 1)
-    fill(writer, 16, 48)
+    fill(writer, 4, 48)
     assert len(device.early) == 1
     device.go.set()
     wait_for(device, 2)
     assert device.early[-1] == 48 * MIB
+
+
+def test_a_large_base_is_synced_in_larger_parts(
+    device: Device, writer: FileWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 MiB of the first 32, from then on an eighth of what is there, 8 MiB at most."""
+    device.go.set()
+    begun: list[int] = []
+    monkeypatch.setattr(writer._early, "begin", lambda: begun.append(writer._written // MIB))
+    fill(writer, 0, 96)
+    assert begun == [4, 8, 12, 16, 20, 24, 28, 32, 37, 43, 50, 58, 66, 74, 82, 90]
 
 
 @pytest.mark.parametrize("published", [True, False])

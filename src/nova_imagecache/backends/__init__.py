@@ -195,7 +195,8 @@ class BaseWriter(abc.ABC):
 
     def read_at(self, offset: int, length: int) -> bytes | None:
         """``length`` bytes at ``offset`` as they were written; None: this writer cannot read, and the base has no
-        checksums. Asked for the MiBs whose parts came out of order. The default reads ``path``.
+        checksums. Asked for the MiBs whose parts came out of order, by several threads at once. The default reads
+        ``path``.
         """
         if self.path is None:
             return None

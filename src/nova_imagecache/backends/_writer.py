@@ -57,8 +57,9 @@ class FileOptions:
         return cls(**options)
 
 
-_EARLY = 16 << 20
-"""Bytes that are written before the device is asked to make them durable."""
+_EARLY = 4 << 20, 8 << 20
+"""Bytes that are written before the device is asked to make them durable: of a small base less, since the sync at its
+end is a larger part of all."""
 
 _PATIENCE = 0.5
 """Seconds for an early sync to end."""
@@ -118,7 +119,7 @@ class FileWriter(BaseWriter):
         self.path: Path | None = self._directory / "disk"
         self._fd = -1
         self._mutex = threading.Lock()
-        self._unsynced = 0
+        self._written = self._unsynced = 0
         self._early = _EarlySync(self.path)
         try:
             self._fd = _fs.create(self.path, 0o600)
@@ -132,10 +133,14 @@ class FileWriter(BaseWriter):
     def write_at(self, offset: int, buffer: bytes | bytearray | memoryview) -> None:
         _fs.write(self._fd, offset, buffer)
         with self._mutex:
+            self._written += len(buffer)
             self._unsynced += len(buffer)
-            if self._unsynced >= _EARLY:
+            if self._unsynced >= min(max(_EARLY[0], self._written // 8), _EARLY[1]):
                 self._unsynced = 0
                 self._early.begin()
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        return os.pread(self._fd, length, offset).ljust(length, b"\0")
 
     def write_sums(self, sums: bytes | memoryview) -> None:
         fd = _fs.create(self._directory / "disk.sums", 0o600)
