@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from nova_imagecache.exceptions import BackendError, CommandError
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Sequence
 
 SEAMS = ("run",)
@@ -48,6 +48,8 @@ def run(
         CommandError: the command ended with another code than 0, was killed, or ran out of time.
         BackendError: the command is not installed.
     """
+    import subprocess
+
     command = [*_limited(limits), *argv]
     for tool, package in ((argv[0], f"the package that brings {argv[0]}"), (command[0], "util-linux")):
         if shutil.which(tool) is None:
@@ -80,11 +82,13 @@ def run(
 def _communicate(
     child: subprocess.Popen[bytes], deadline: float, checkpoint: Callable[[], None] | None
 ) -> tuple[bytes | None, bytes]:
+    from subprocess import TimeoutExpired
+
     while True:
         left = deadline - time.monotonic()
         try:
             return child.communicate(timeout=min(_POLL, max(left, 0)) if checkpoint else max(left, 0))
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             if checkpoint is not None:
                 checkpoint()
             if left <= 0:

@@ -7,7 +7,6 @@ that means.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import functools
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 from nova_imagecache._extents import data_extents
 
 if TYPE_CHECKING:
+    import ctypes
     from collections.abc import Callable
 
 SEAMS = (
@@ -53,7 +53,12 @@ _FICLONE = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return libc
 
 
 # --- steps: each one system call as far as a crash can tell ----------------------------------------------------------
@@ -101,7 +106,9 @@ def truncate(fd: int, size: int) -> None:
 def allocate(fd: int, size: int) -> None:
     """Reserve blocks for the first ``size`` bytes, keeping length and content."""
     # os.posix_fallocate lengthens the file, and writes zeros where the filesystem cannot reserve
-    if _libc().fallocate(fd, _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+    if _libc().fallocate(fd, _KEEP_SIZE, 0, size) != 0:
+        import ctypes
+
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
@@ -163,7 +170,7 @@ def fsync(fd: int) -> None:
 def start_writeback(fd: int, offset: int, length: int) -> None:
     """Let the kernel begin to write a part of the file, so that the fsync at the end is short. Promises nothing."""
     # not in SEAMS: it changes nothing that a crash could tell; where the kernel cannot, fsync does all of it
-    _libc().sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _WRITE)
+    _libc().sync_file_range(fd, offset, length, _WRITE)
 
 
 def fsync_dir(path: Path) -> None:

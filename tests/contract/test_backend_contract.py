@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,6 +21,20 @@ from services.require import require
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+@contextmanager
+def _no_directory_of_references(paths: BackendPaths) -> Iterator[None]:
+    """Where the path references are, there is something that cannot be listed."""
+    users, aside = paths.root / "users", paths.root / "users.aside"
+    there = users.is_dir()
+    if there:
+        users.rename(aside)
+    users.write_text("no directory")
+    yield
+    users.unlink()
+    if there:
+        aside.rename(users)
 
 
 class TestMemory(MemoryContract):
@@ -57,6 +71,9 @@ class TestFilePreallocated(BackendContract):
 class TestQcow2(BackendContract):
     """Overlays on raw bases by links."""
 
+    def hidden_users(self, backend: Backend, paths: BackendPaths) -> AbstractContextManager[None]:
+        return _no_directory_of_references(paths)
+
     def make_backend(self, paths: BackendPaths) -> Backend:
         return Qcow2Backend({}, paths)
 
@@ -86,6 +103,9 @@ class TestQcow2Native(BackendContract):
 
 class TestQcow2Path(BackendContract):
     """Overlays on raw bases by paths."""
+
+    def hidden_users(self, backend: Backend, paths: BackendPaths) -> AbstractContextManager[None]:
+        return _no_directory_of_references(paths)
 
     def make_backend(self, paths: BackendPaths) -> Backend:
         return Qcow2Backend({"reference": "path"}, paths)

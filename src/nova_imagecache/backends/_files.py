@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import grp
-import json
 import logging
 import os
 from contextlib import suppress
@@ -22,14 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nova_imagecache import _entries, _extents, _fs, _records
+from nova_imagecache import _entries, _extents, _fs
 from nova_imagecache.backends import (
     Backend,
     BackendError,
     BackendPaths,
     BaseImage,
     BaseNotFoundError,
-    BaseRecord,
     BaseWriter,
     Capacity,
     ConfigError,
@@ -40,15 +38,13 @@ from nova_imagecache.backends import (
     Survey,
     _reown,
 )
+from nova_imagecache.backends._looks import Looks, allocated_in, mark, retired_base
 from nova_imagecache.backends._writer import FileOptions, FileWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 _log = logging.getLogger(__name__)
-
-_RECORD = 8192
-"""Bytes that hold any record we write, so that one read is enough."""
 
 
 class FileBases(Backend):
@@ -62,7 +58,7 @@ class FileBases(Backend):
         self._trash = paths.root / "trash"
         self._quarantine = paths.root / "quarantine"
         self._users = paths.root / "users"
-        self._parsed: dict[str, tuple[tuple[int, int], BaseRecord]] = {}
+        self._looks = Looks(paths.root)
         self._retired: dict[str, _entries.Held] = {}
         self.gid: int | None = None
         if paths.group is not None:
@@ -93,96 +89,15 @@ class FileBases(Backend):
         return self._bases / image_id / "disk"
 
     def find_base(self, image_id: str) -> BaseImage | None:
-        return self._read(image_id)
+        return self._looks.find(image_id)
 
     def iter_bases(self) -> Iterator[BaseImage]:
         for image_id in _entries.names(self._bases):
-            if (base := self._read(image_id)) is not None:
+            if (base := self._looks.find(image_id)) is not None:
                 yield base
 
     def survey(self) -> Iterator[Survey]:
-        referenced: frozenset[str] | None
-        try:
-            referenced = frozenset(os.listdir(self._users))  # noqa: PTH208 - names, not paths
-        except FileNotFoundError:
-            referenced = frozenset()
-        except OSError:  # each base will say so
-            referenced = None
-        for image_id in _entries.names(self._bases):
-            try:
-                survey = self._look(image_id, referenced=referenced is None or image_id in referenced)
-            except OSError:  # who asks for the users or the usage of this base alone hears why
-                survey = Survey(base=base) if (base := self._read(image_id)) is not None else None
-            if survey is not None:
-                yield survey
-
-    # a hit is bound by its stats, and a pass by those of ten thousand bases: names are joined as text
-
-    def _read(self, image_id: str) -> BaseImage | None:
-        directory = f"{self._bases}/{image_id}"
-        try:
-            record = self._record(image_id, directory, os.stat(f"{directory}/base.json"))  # noqa: PTH116 - as above
-            size = os.stat(f"{directory}/disk").st_size  # noqa: PTH116 - as above
-        except (FileNotFoundError, NotADirectoryError):
-            self._parsed.pop(image_id, None)
-            return None
-        return self._base(image_id, record, size, _mark(f"{directory}/last-used"), _mark(f"{directory}/unused-since"))
-
-    def _look(self, image_id: str, *, referenced: bool) -> Survey | None:
-        """As ``_read``, and what one listing tells besides; ``referenced``: there may be path references."""
-        directory = f"{self._bases}/{image_id}"
-        found: dict[str, os.stat_result] = {}
-        try:
-            blocks = _stat_entries(directory, found)
-            record = self._record(image_id, directory, found["base.json"])
-            disk = found["disk"]
-        except (FileNotFoundError, NotADirectoryError, KeyError):
-            self._parsed.pop(image_id, None)
-            return None
-        used, unused = found.get("last-used"), found.get("unused-since")
-        base = self._base(image_id, record, disk.st_size, used and used.st_mtime, unused and unused.st_mtime)
-        if base is None:
-            return None
-        users = (DiskUser(image_id=image_id, known_by="link"),) * (disk.st_nlink - 1)
-        if referenced:
-            users = (*self._path_users(image_id), *users)
-        return Survey(base=base, users=users, allocated=blocks * 512)
-
-    def _record(self, image_id: str, directory: str, described: os.stat_result) -> BaseRecord | None:
-        # a published record never changes, so its inode and mtime stand for its content
-        key = (described.st_ino, described.st_mtime_ns)
-        parsed = self._parsed.get(image_id)
-        if parsed is None or parsed[0] != key:
-            try:
-                parsed = (key, _records.load_base(_read_bytes(f"{directory}/base.json")))
-            except _records.RecordError as err:
-                _log.warning("base %s is left alone: its record cannot be read: %s", image_id, err)
-                return None
-            self._parsed[image_id] = parsed
-        return parsed[1]
-
-    def _base(
-        self,
-        image_id: str,
-        record: BaseRecord | None,
-        size: int,
-        last_used: float | None,
-        unused_since: float | None,
-    ) -> BaseImage | None:
-        if record is None:
-            return None
-        if size != record.size:
-            # cut off, by a damaged filesystem or a careless hand: the next fetch puts it into quarantine
-            _log.warning("base %s is left alone: it has %d bytes of %d", image_id, size, record.size)
-            return None
-        return BaseImage(
-            image_id=image_id,
-            location=FileLocation(path=self._bases.joinpath(image_id, "disk")),
-            record=record,
-            last_used=last_used,
-            unused_since=unused_since,
-            inspected=_inspected(f"{self._bases}/{image_id}", record),
-        )
+        return self._looks.survey()
 
     # --- making
 
@@ -245,39 +160,7 @@ class FileBases(Backend):
         return self._users / image_id / f"{disk_id}.{name.replace('.', '%2e')}.json"
 
     def iter_users(self, base: BaseImage) -> Iterator[DiskUser]:
-        yield from self._path_users(base.image_id)
-        try:
-            links = os.stat(_path(base)).st_nlink - 1  # noqa: PTH116 - one call
-        except FileNotFoundError:
-            return
-        for _number in range(links):
-            yield DiskUser(image_id=base.image_id, known_by="link")
-
-    def _path_users(self, image_id: str) -> Iterator[DiskUser]:
-        directory = f"{self._users}/{image_id}"
-        try:
-            names = sorted(os.listdir(directory))  # noqa: PTH208 - names, not paths
-        except FileNotFoundError:
-            return
-        for name in names:
-            try:
-                values = json.loads(_read_bytes(f"{directory}/{name}"))
-                disk_id, disk_name, path = values["disk_id"], values["name"], str(values["path"])
-            except FileNotFoundError:  # its disk was removed meanwhile
-                continue
-            except (ValueError, TypeError, KeyError):
-                # an unreadable record is still somebody's
-                yield DiskUser(image_id=image_id, known_by="path", detail=name, certain=False)
-                continue
-            # a path that is gone may have moved: doubt, which keeps the base; so did what was set aside
-            yield DiskUser(
-                image_id=image_id,
-                known_by="path",
-                disk_id=disk_id,
-                name=disk_name,
-                detail=path,
-                certain="~" not in name and os.path.exists(path),  # noqa: PTH110 - thousands in a pass
-            )
+        return self._looks.users(base.image_id, _path(base))
 
     # --- going
 
@@ -301,7 +184,7 @@ class FileBases(Backend):
         retired = replace(
             base,
             location=FileLocation(path=self._trash / token / "disk"),
-            last_used=_mark(self._trash / token / "last-used"),
+            last_used=mark(self._trash / token / "last-used"),
         )
         return Retired(base=retired, token=token)
 
@@ -365,10 +248,10 @@ class FileBases(Backend):
 
     def usage(self, base: BaseImage) -> DiskUsage:
         try:
-            blocks = _stat_entries(os.path.dirname(_path(base)), {})  # noqa: PTH120 - thousands in a pass
+            allocated = allocated_in(os.path.dirname(_path(base)))  # noqa: PTH120 - thousands in a pass
         except FileNotFoundError:
             raise BaseNotFoundError(image_id=base.image_id, stage="usage") from None
-        return DiskUsage(virtual_size=base.virtual_size, allocated=blocks * 512)
+        return DiskUsage(virtual_size=base.virtual_size, allocated=allocated)
 
     def capacity(self) -> Capacity:
         figures = os.statvfs(self.paths.root)
@@ -422,64 +305,15 @@ class FileBases(Backend):
     def _restore_used(self, token: str) -> bool:
         """Give a base in the trash its name back if it has users; whether it has it."""
         # one that begins with a dot was being purged
-        base = None if token.startswith(".") else self._read_retired(token.rpartition(".")[0], self._trash / token)
+        base = None if token.startswith(".") else retired_base(token.rpartition(".")[0], self._trash / token)
         if base is None or not any(True for _user in self.iter_users(base)):
             return False
         self.restore_base(Retired(base=base, token=token))
         # where a base of that name is there again, disks of this one hold its bytes by their own links
         return not (self._trash / token).exists()
 
-    def _read_retired(self, image_id: str, directory: Path) -> BaseImage | None:
-        try:
-            record = _records.load_base((directory / "base.json").read_bytes())
-        except (OSError, _records.RecordError):
-            return None
-        return BaseImage(image_id=image_id, location=FileLocation(path=directory / "disk"), record=record)
-
 
 def _path(base: BaseImage) -> Path:
     if not isinstance(base.location, FileLocation):
         raise BackendError("not a base of this backend", image_id=base.image_id)
     return base.location.path
-
-
-def _read_bytes(path: str) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        # records are small, and a large buffer is mapped and unmapped each time
-        data = piece = os.read(fd, _RECORD)
-        while len(piece) == _RECORD:
-            piece = os.read(fd, _RECORD)
-            data += piece
-        return data
-    finally:
-        os.close(fd)
-
-
-def _stat_entries(directory: str, found: dict[str, os.stat_result]) -> int:
-    """Put the status of each entry into ``found``; the blocks of 512 bytes of all, and of the directory."""
-    blocks = os.stat(directory).st_blocks  # noqa: PTH116 - thousands in a pass
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            try:
-                found[entry.name] = status = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:  # a mark that was taken away meanwhile
-                continue
-            blocks += status.st_blocks
-    return blocks
-
-
-def _mark(path: str | Path) -> float | None:
-    try:
-        return os.stat(path).st_mtime  # noqa: PTH116 - a hit is stat-bound
-    except FileNotFoundError:
-        return None
-
-
-def _inspected(directory: str, record: BaseRecord) -> int:
-    if record.format == "raw":  # never parsed by anybody, so never looked at again
-        return record.inspector
-    try:
-        return max(int(Path(directory, "inspected").read_text()), record.inspector)
-    except (OSError, ValueError):  # no such mark yet, or a damaged one: look again
-        return record.inspector

@@ -1,0 +1,221 @@
+"""Looks at bases on files: their records, marks, users and sizes. Changes nothing.
+
+A hit is bound by its stats, and a pass by those of ten thousand bases: names are joined as text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nova_imagecache import _entries, _records
+from nova_imagecache.backends import BaseImage, BaseRecord, DiskUser, FileLocation, Survey, UsersUnknownError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_log = logging.getLogger(__name__)
+
+_RECORD = 8192
+"""Bytes that hold any record we write, so that one read is enough."""
+
+
+class Looks:
+    """At the published bases of one root."""
+
+    def __init__(self, root: Path) -> None:
+        self._bases = root / "bases"
+        self._users = root / "users"
+        self._parsed: dict[str, tuple[tuple[int, int], BaseRecord]] = {}
+
+    def find(self, image_id: str) -> BaseImage | None:
+        """As Backend.find_base."""
+        directory = f"{self._bases}/{image_id}"
+        try:
+            record = self._record(image_id, directory, os.stat(f"{directory}/base.json"))  # noqa: PTH116 - names as text
+            size = os.stat(f"{directory}/disk").st_size  # noqa: PTH116 - names as text
+        except (FileNotFoundError, NotADirectoryError):
+            self._parsed.pop(image_id, None)
+            return None
+        return self._base(image_id, record, size, mark(f"{directory}/last-used"), mark(f"{directory}/unused-since"))
+
+    def survey(self) -> Iterator[Survey]:
+        """As Backend.survey."""
+        referenced: frozenset[str] | None
+        try:
+            referenced = frozenset(os.listdir(self._users))  # noqa: PTH208 - names, not paths
+        except FileNotFoundError:
+            referenced = frozenset()
+        except OSError:  # each base will say so
+            referenced = None
+        for image_id in _entries.names(self._bases):
+            try:
+                survey = self._look(image_id, referenced=referenced is None or image_id in referenced)
+            except OSError:  # who asks for the users or the usage of this base alone hears why
+                survey = Survey(base=base) if (base := self.find(image_id)) is not None else None
+            if survey is not None:
+                yield survey
+
+    def _look(self, image_id: str, *, referenced: bool) -> Survey | None:
+        """As ``find``, and what one listing tells besides; ``referenced``: there may be path references."""
+        directory = f"{self._bases}/{image_id}"
+        found: dict[str, os.stat_result] = {}
+        try:
+            blocks = _stat_entries(directory, found)
+            record = self._record(image_id, directory, found["base.json"])
+            disk = found["disk"]
+        except (FileNotFoundError, NotADirectoryError, KeyError):
+            self._parsed.pop(image_id, None)
+            return None
+        used, unused = found.get("last-used"), found.get("unused-since")
+        base = self._base(image_id, record, disk.st_size, used and used.st_mtime, unused and unused.st_mtime)
+        if base is None:
+            return None
+        users = (DiskUser(image_id=image_id, known_by="link"),) * (disk.st_nlink - 1)
+        if referenced:
+            users = (*self._path_users(image_id), *users)
+        return Survey(base=base, users=users, allocated=blocks * 512)
+
+    def _record(self, image_id: str, directory: str, described: os.stat_result) -> BaseRecord | None:
+        # a published record never changes, so its inode and mtime stand for its content
+        key = (described.st_ino, described.st_mtime_ns)
+        parsed = self._parsed.get(image_id)
+        if parsed is None or parsed[0] != key:
+            try:
+                parsed = (key, _records.load_base(_read_bytes(f"{directory}/base.json")))
+            except _records.RecordError as err:
+                _log.warning("base %s is left alone: its record cannot be read: %s", image_id, err)
+                return None
+            self._parsed[image_id] = parsed
+        return parsed[1]
+
+    def _base(
+        self,
+        image_id: str,
+        record: BaseRecord | None,
+        size: int,
+        last_used: float | None,
+        unused_since: float | None,
+    ) -> BaseImage | None:
+        if record is None:
+            return None
+        if size != record.size:
+            # cut off, by a damaged filesystem or a careless hand: the next fetch puts it into quarantine
+            _log.warning("base %s is left alone: it has %d bytes of %d", image_id, size, record.size)
+            return None
+        return BaseImage(
+            image_id=image_id,
+            location=FileLocation(path=self._bases.joinpath(image_id, "disk")),
+            record=record,
+            last_used=last_used,
+            unused_since=unused_since,
+            inspected=_inspected(f"{self._bases}/{image_id}", record),
+        )
+
+    def users(self, image_id: str, path: Path) -> Iterator[DiskUser]:
+        """As Backend.iter_users, of the base whose bytes are at ``path`` now.
+
+        Raises:
+            UsersUnknownError: references cannot be read.
+        """
+        try:
+            yield from self._path_users(image_id)
+            links = _links(path)
+        except OSError as err:
+            todo = f"Let the cache's user read {self._users}, and see why it cannot"
+            raise UsersUnknownError(f"references cannot be read: {err}", image_id=image_id, todo=todo) from err
+        for _number in range(links):
+            yield DiskUser(image_id=image_id, known_by="link")
+
+    def _path_users(self, image_id: str) -> Iterator[DiskUser]:
+        directory = f"{self._users}/{image_id}"
+        try:
+            names = sorted(os.listdir(directory))  # noqa: PTH208 - names, not paths
+        except FileNotFoundError:
+            return
+        for name in names:
+            try:
+                values = json.loads(_read_bytes(f"{directory}/{name}"))
+                disk_id, disk_name, path = values["disk_id"], values["name"], str(values["path"])
+            except FileNotFoundError:  # its disk was removed meanwhile
+                continue
+            except (ValueError, TypeError, KeyError):
+                # an unreadable record is still somebody's
+                yield DiskUser(image_id=image_id, known_by="path", detail=name, certain=False)
+                continue
+            # a path that is gone may have moved: doubt, which keeps the base; so did what was set aside
+            yield DiskUser(
+                image_id=image_id,
+                known_by="path",
+                disk_id=disk_id,
+                name=disk_name,
+                detail=path,
+                certain="~" not in name and os.path.exists(path),  # noqa: PTH110 - thousands in a pass
+            )
+
+
+def _links(path: Path) -> int:
+    try:
+        return os.stat(path).st_nlink - 1  # noqa: PTH116 - one call
+    except FileNotFoundError:
+        return 0
+
+
+def retired_base(image_id: str, directory: Path) -> BaseImage | None:
+    """The base in a directory of the trash, None: it cannot be read."""
+    try:
+        record = _records.load_base((directory / "base.json").read_bytes())
+    except (OSError, _records.RecordError):
+        return None
+    return BaseImage(image_id=image_id, location=FileLocation(path=directory / "disk"), record=record)
+
+
+def allocated_in(directory: str) -> int:
+    """The bytes that a base's directory takes, and all that is in it."""
+    return _stat_entries(directory, {}) * 512
+
+
+def mark(path: str | Path) -> float | None:
+    """When a mark was set, POSIX seconds; None: there is none."""
+    try:
+        return os.stat(path).st_mtime  # noqa: PTH116 - a hit is stat-bound
+    except FileNotFoundError:
+        return None
+
+
+def _stat_entries(directory: str, found: dict[str, os.stat_result]) -> int:
+    """Put the status of each entry into ``found``; the blocks of 512 bytes of all, and of the directory."""
+    blocks = os.stat(directory).st_blocks  # noqa: PTH116 - thousands in a pass
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            try:
+                found[entry.name] = status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:  # a mark that was taken away meanwhile
+                continue
+            blocks += status.st_blocks
+    return blocks
+
+
+def _read_bytes(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # records are small, and a large buffer is mapped and unmapped each time
+        data = piece = os.read(fd, _RECORD)
+        while len(piece) == _RECORD:
+            piece = os.read(fd, _RECORD)
+            data += piece
+        return data
+    finally:
+        os.close(fd)
+
+
+def _inspected(directory: str, record: BaseRecord) -> int:
+    if record.format == "raw":  # never parsed by anybody, so never looked at again
+        return record.inspector
+    try:
+        return max(int(Path(directory, "inspected").read_text()), record.inspector)
+    except (OSError, ValueError):  # no such mark yet, or a damaged one: look again
+        return record.inspector
