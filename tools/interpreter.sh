@@ -5,8 +5,8 @@
 # the speed). Otherwise whatever python3 is.
 python=${PYTHON:-python3}
 if [ -z "${PYTHON:-}" ] && /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    # without ensurepip it makes no environment, and only root can install that
-    if [ "$(id -u)" = 0 ] || /usr/bin/python3 -c 'import ensurepip, venv' 2>/dev/null; then
+    # without ensurepip it makes no environment, and only root with apt can install that
+    if { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; } || /usr/bin/python3 -c 'import ensurepip, venv' 2>/dev/null; then
         python=/usr/bin/python3
     fi
 fi

@@ -6,7 +6,7 @@
 #                                  modules too
 #   tools/setup.sh bench           as test without libvirt, and the peers Nova and Ironic in .venv-nova and .venv-ironic
 #
-# PYTHON chooses the interpreter, 3.11 or newer (default: see tools/interpreter.sh). The machine's own configuration of pip and apt
+# PYTHON chooses the interpreter, 3.11 or newer (default: tools/interpreter.sh). The machine's configuration of pip and apt
 # decides where packages come from. System packages are installed by root only; everybody else is told which to install.
 set -euo pipefail
 

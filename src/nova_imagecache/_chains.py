@@ -80,7 +80,10 @@ class KnownBases:
         return self._inodes.get((found.st_dev, found.st_ino)) or self._paths.get(os.path.normpath(path))
 
     def is_one(self, entry: os.DirEntry[str]) -> bool:
-        """Whether this entry of a directory is one of the bases, by another name; without a look where it cannot be."""
+        """Whether this entry of a directory is one of the bases, by another name, without a look where it cannot be.
+
+        ``at`` remembers the name.
+        """
         if entry.inode() not in self.numbers:
             return False
         try:

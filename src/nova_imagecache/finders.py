@@ -121,7 +121,7 @@ class _Look:
         self._doubts: list[str] = []
 
     def files(self, top: str) -> Iterator[str]:
-        """Every regular file below the directory but what reads through nothing: bases, and records of our disks."""
+        """Every regular file below the directory but the bases themselves, which read through nothing."""
         waiting = [top]
         while waiting:
             directory = waiting.pop()
@@ -136,25 +136,14 @@ class _Look:
                 if not self._is_no_disk(directory):
                     self._doubts.append(f"{directory} cannot be listed: {err.strerror}")
                 continue
-            yield from self._sorted(found, waiting)
-
-    def _sorted(self, found: Sequence[os.DirEntry[str]], directories: list[str]) -> list[str]:
-        """The files of a listing that may read through a base; its directories go to ``directories``."""
-        files, bases = [], set()
-        for entry in found:
-            # mostly without asking for more than the listing tells
-            if entry.is_dir(follow_symlinks=False):
-                directories.append(entry.path)
-            elif entry.is_file(follow_symlinks=False):
-                if self._known.is_one(entry):
-                    bases.add(entry.path)
-                else:
+            files = []
+            for entry in found:
+                # mostly without asking for more than the listing tells
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif entry.is_file(follow_symlinks=False) and not self._known.is_one(entry):
                     files.append(entry.path)
-        if not bases:
-            return files
-        # beside a disk's link to its base, what is called as its record is its record
-        records = {f"{path.removesuffix('.base')}.json" for path in bases}
-        return [path for path in files if path not in records]
+            yield from files  # last, so that the links beside them are known
 
     def uses(self, path: str) -> Iterator[tuple[str, bool]]:
         """The images whose bases the file depends on, and whether that is certain."""

@@ -119,15 +119,12 @@ def test_every_file_counts(name: str, place: Place) -> None:
     assert place.kept()
 
 
-def test_a_record_is_told_by_the_link_beside_it(place: Place) -> None:
-    """What is called as the record of a disk of ours is passed over beside a link to a base, and only there."""
+def test_a_disk_by_the_name_of_a_record_counts(place: Place) -> None:
+    """Also beside a disk of ours, of which the name says that it is the record."""
     place.overlay("vm/disk", "disk.base")
     os.link(place.base, place.disks / "vm" / "disk.base")
-    place.overlay("vm/disk.json", place.base)
-    assert place.found() == [("img", "vm/disk")]
-    (place.disks / "vm" / "disk.base").unlink()
-    (place.disks / "vm" / "disk.base").write_bytes(b"no base")
-    assert place.found() == [("img", "vm/disk.json")]
+    place.overlay("vm/disk.json", place.rig.root / "bases" / "other" / "disk")
+    assert place.found() == [("img", "vm/disk"), ("other", "vm/disk.json")]
 
 
 @pytest.mark.parametrize("form", ["absolute", "relative", "file:", "file:relative", "dots", "link"])
