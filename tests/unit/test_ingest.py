@@ -25,6 +25,7 @@ from nova_imagecache._models import BaseRecord, Digest, ImageInfo, round_up
 from nova_imagecache._stream import PIECE
 from nova_imagecache._watch import Watch
 from nova_imagecache.backends import BackendPaths, BaseWriter
+from nova_imagecache.backends._writer import FileWriter
 from nova_imagecache.backends.file import FileBackend
 from nova_imagecache.exceptions import (
     CancelledError,
@@ -301,6 +302,27 @@ def test_a_table_at_the_end_changes_nothing(bench: Bench) -> None:
     assert (record.made_by, record.virtual_size) == ("qcow2 decoder", 48 * MIB)
     assert bench.staged.read_bytes() == expected
     assert (bench.staged.parent / "disk.sums").read_bytes() == sums_of(expected)
+
+
+@pytest.mark.parametrize("kinds", [("plain",), ("packed",), ("packed", "plain", "hole")], ids="-".join)
+def test_clusters_in_any_order_are_summed_right(
+    bench: Bench, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came in another order than the guest's is read back for its checksums."""
+    read: list[int] = []
+    true_read = FileWriter.read_at
+
+    def read_at(self: FileWriter, offset: int, length: int) -> bytes:
+        read.append(offset)
+        return true_read(self, offset, length)
+
+    monkeypatch.setattr(FileWriter, "read_at", read_at)
+    made = qcow2.make(qcow2.Layout(cluster_bits=16, kinds=kinds * (24 * 16 // len(kinds)), seed=7, tail=512))
+    record = bench.run(FakeImage(data=made.file, disk_format="qcow2"))
+    assert record.made_by == "qcow2 decoder"
+    assert bench.staged.read_bytes() == made.guest
+    assert (bench.staged.parent / "disk.sums").read_bytes() == sums_of(made.guest)
+    assert len(read) == len(set(read)) > 6
 
 
 @pytest.mark.parametrize("path", [True, False], ids=["path", "write_at"])
