@@ -139,6 +139,9 @@ class Keeper:
                     size = self.backend.usage(base).allocated
                 except BaseNotFoundError:  # retired meanwhile
                     continue
+                except ImageCacheError as err:  # at most that, and it stops no fetch
+                    _log.warning("base %s counts as %d bytes: %s", base.image_id, base.record.size, err)
+                    size = base.record.size
             sizes[base.image_id] = (base.record, size)
         self.sizes.clear()
         self.sizes.update(sizes)
@@ -152,7 +155,11 @@ class Keeper:
                 names = _entries.names(self.root.staging)
                 mine, others, written = self._promised(entry, names)
                 capacity = self.backend.capacity()
-                taken = self._taken(counted) + written + others if self.policy.max_bytes is not None else 0
+                taken = 0
+                if self.policy.max_bytes is not None:
+                    # what stands in our own base's place goes to quarantine when it is published
+                    left = sum(size for name, size in capacity.left_alone.items() if name != image_id)
+                    taken = self._taken(counted) + left + written + others
                 try:
                     _space.admit(
                         needed,

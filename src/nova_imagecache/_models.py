@@ -269,7 +269,9 @@ class DiskUsage:
 class Capacity:
     """The storage's ``total`` and ``free`` bytes, and what this backend's unpublished and retired things take.
 
-    ``overhead`` is what stands around the bases: directories, records of users, pins, locks.
+    ``overhead`` is what stands around the bases: directories, records of users, pins, locks. ``left_alone`` has the
+    bytes of what stands in the place of bases and cannot be read as one, by its name there, as the last look at bases
+    found it.
     """
 
     total: int
@@ -277,6 +279,7 @@ class Capacity:
     staging: int = 0
     trash: int = 0
     overhead: int = 0
+    left_alone: dict[str, int] = field(default_factory=dict)
     complete: bool = True
 
 

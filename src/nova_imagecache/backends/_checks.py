@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from nova_imagecache.backends._disks import FileDisks
 
+_NAMED = 10
+
 
 def check_files(backend: FileDisks) -> list[Fact]:
     """Facts and problems around a backend on files."""
@@ -65,6 +67,12 @@ def _filesystems(backend: FileDisks) -> Iterator[Fact]:
 
 
 def _owners(backend: FileDisks) -> Iterator[Fact]:
+    if left := backend.left_alone():
+        first = "; ".join(f"{name}: {reason}" for name, reason in sorted(left.items())[:_NAMED])
+        more = f"; and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        bases = backend.base_path("x").parent.parent
+        todo = f"the next ensure replaces one; or remove it by hand from {bases} where no disk names it by path"
+        yield Fact(name="bases that cannot be read", value=str(len(left)), problem=f"{first}{more}; {todo}")
     foreign = [b.image_id for b in backend.iter_bases() if not _ours(backend.base_path(b.image_id))]
     yield Fact(
         name="bases of another owner",

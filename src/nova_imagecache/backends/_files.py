@@ -92,12 +92,14 @@ class FileBases(Backend):
         return self._looks.find(image_id)
 
     def iter_bases(self) -> Iterator[BaseImage]:
-        for image_id in _entries.names(self._bases):
-            if (base := self._looks.find(image_id)) is not None:
-                yield base
+        return self._looks.bases()
 
     def survey(self) -> Iterator[Survey]:
         return self._looks.survey()
+
+    def left_alone(self) -> dict[str, str]:
+        """What stands in the place of bases and cannot be read as one, by its name, and why."""
+        return self._looks.left_alone()
 
     # --- making
 
@@ -113,7 +115,7 @@ class FileBases(Backend):
             try:
                 _fs.rename(directory, self._bases / image_id)
             except OSError as err:
-                if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # the name is taken
+                if err.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # the name is taken
                     raise
                 if (winner := self.find_base(image_id)) is not None:
                     return winner
@@ -258,13 +260,15 @@ class FileBases(Backend):
         staging, whole = _extents.allocated_tree(self.staging)
         trash, also = _extents.allocated_tree(self._trash)
         quarantine, too = _extents.allocated_tree(self._quarantine)
+        left_alone, seen = self._looks.allocated_left()
         return Capacity(
             total=figures.f_blocks * figures.f_frsize,
             free=figures.f_bavail * figures.f_frsize,
             staging=staging,
             trash=trash + quarantine,
             overhead=self._overhead(),
-            complete=whole and also and too,
+            left_alone=left_alone,
+            complete=whole and also and too and seen,
         )
 
     def _overhead(self) -> int:

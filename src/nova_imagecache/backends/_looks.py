@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from nova_imagecache import _entries, _records
+from nova_imagecache import _entries, _extents, _records
 from nova_imagecache.backends import BaseImage, BaseRecord, DiskUser, FileLocation, Survey, UsersUnknownError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _log = logging.getLogger(__name__)
+_Found = TypeVar("_Found")
 
 _RECORD = 8192
 """Bytes that hold any record we write, so that one read is enough."""
@@ -30,6 +32,7 @@ class Looks:
         self._bases = root / "bases"
         self._users = root / "users"
         self._parsed: dict[str, tuple[tuple[int, int], BaseRecord]] = {}
+        self._left: dict[str, str] = {}
 
     def find(self, image_id: str) -> BaseImage | None:
         """As Backend.find_base."""
@@ -42,6 +45,12 @@ class Looks:
             return None
         return self._base(image_id, record, size, mark(f"{directory}/last-used"), mark(f"{directory}/unused-since"))
 
+    def bases(self) -> Iterator[BaseImage]:
+        """As Backend.iter_bases."""
+        for image_id in self._names():
+            if (base := self._one(image_id, self.find)) is not None:
+                yield base
+
     def survey(self) -> Iterator[Survey]:
         """As Backend.survey."""
         referenced: frozenset[str] | None
@@ -51,13 +60,66 @@ class Looks:
             referenced = frozenset()
         except OSError:  # each base will say so
             referenced = None
-        for image_id in _entries.names(self._bases):
+
+        def look(image_id: str) -> Survey | None:
             try:
-                survey = self._look(image_id, referenced=referenced is None or image_id in referenced)
+                return self._look(image_id, referenced=referenced is None or image_id in referenced)
             except OSError:  # who asks for the users or the usage of this base alone hears why
-                survey = Survey(base=base) if (base := self.find(image_id)) is not None else None
-            if survey is not None:
+                return Survey(base=base) if (base := self.find(image_id)) is not None else None
+
+        for image_id in self._names():
+            if (survey := self._one(image_id, look)) is not None:
                 yield survey
+
+    def left_alone(self) -> dict[str, str]:
+        """What stands in the place of bases and cannot be read as one, by its name, and why. Looks at all bases."""
+        for _base in self.bases():
+            pass
+        return dict(self._left)
+
+    def allocated_left(self) -> tuple[dict[str, int], bool]:
+        """(allocated bytes of what the last look left alone, by its name; whether all of it could be seen)."""
+        found, complete = {}, True
+        for name in tuple(self._left):
+            path = self._bases / name
+            try:
+                status = path.lstat()
+            except FileNotFoundError:  # gone meanwhile
+                continue
+            except OSError:
+                complete = False
+                continue
+            below, whole = _extents.allocated_tree(path) if stat.S_ISDIR(status.st_mode) else (0, True)
+            found[name] = status.st_blocks * 512 + below
+            complete = complete and whole
+        return found, complete
+
+    def _names(self) -> list[str]:
+        names = _entries.names(self._bases)
+        for gone in set(self._left).difference(names) if self._left else ():
+            self._left.pop(gone, None)
+        return names
+
+    def _one(self, image_id: str, look: Callable[[str], _Found | None]) -> _Found | None:
+        """What a look of a pass finds, None: no base, which stops no other."""
+        try:
+            found = look(image_id)
+        except OSError as err:
+            self._leave(image_id, f"it cannot be read: {err}")
+            return None
+        if found is None and image_id not in self._left and (missing := _missing(f"{self._bases}/{image_id}")):
+            self._leave(image_id, f"it has no {missing}")
+        return found
+
+    def _leave(self, image_id: str, why: str) -> None:
+        """Remember what stands in a base's place and is none; said once."""
+        if self._left.get(image_id) != why:
+            self._left[image_id] = why
+            _log.warning(
+                "base %s is left alone: %s. Ensure it again, or remove it by hand: `nova-imagecache check` says where",
+                image_id,
+                why,
+            )
 
     def _look(self, image_id: str, *, referenced: bool) -> Survey | None:
         """As ``find``, and what one listing tells besides; ``referenced``: there may be path references."""
@@ -87,7 +149,7 @@ class Looks:
             try:
                 parsed = (key, _records.load_base(_read_bytes(f"{directory}/base.json")))
             except _records.RecordError as err:
-                _log.warning("base %s is left alone: its record cannot be read: %s", image_id, err)
+                self._leave(image_id, f"its record cannot be read: {err}")
                 return None
             self._parsed[image_id] = parsed
         return parsed[1]
@@ -103,9 +165,10 @@ class Looks:
         if record is None:
             return None
         if size != record.size:
-            # cut off, by a damaged filesystem or a careless hand: the next fetch puts it into quarantine
-            _log.warning("base %s is left alone: it has %d bytes of %d", image_id, size, record.size)
+            # cut off, by a damaged filesystem or a careless hand
+            self._leave(image_id, f"it has {size} bytes of {record.size}")
             return None
+        self._left.pop(image_id, None)
         return BaseImage(
             image_id=image_id,
             location=FileLocation(path=self._bases.joinpath(image_id, "disk")),
@@ -155,6 +218,14 @@ class Looks:
                 detail=path,
                 certain="~" not in name and os.path.exists(path),  # noqa: PTH110 - thousands in a pass
             )
+
+
+def _missing(directory: str) -> str | None:
+    """Which part a base lacks that has its name; None: none, or there is no such name (any more)."""
+    if not os.path.lexists(directory):
+        return None
+    parts = ("base.json", "disk")
+    return next((part for part in parts if not os.path.lexists(f"{directory}/{part}")), None)
 
 
 def _links(path: Path) -> int:
