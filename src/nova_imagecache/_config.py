@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from nova_imagecache.exceptions import ConfigError
+
+OWN_NAMES = frozenset(
+    {
+        *("CACHEDIR.TAG", "cache.json", "bases", "staging", "trash", "quarantine", "users", "pins", "locks"),
+        *("templates", "refused", "revoked", "hosts", "adopted"),
+    }
+)
+"""What a cache and its backend keep in the root."""
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)")
 _DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -109,6 +118,8 @@ class CacheConfig:
                 object.__setattr__(self, name, convert(value))
             except ValueError as err:
                 problems.append(f"{name}: {err}")
+        if not problems and self.disks_dir is not None and (reason := _not_for_disks(self.root, self.disks_dir)):
+            problems.append(f"disks_dir: {reason}")
         if problems:
             raise ConfigError(problems)
         if self.disks_dir is None:
@@ -157,6 +168,14 @@ def _path(value: object) -> Path:
         if path.is_absolute():
             return path
     raise ValueError(f"{value!r} is no absolute path")
+
+
+def _not_for_disks(root: Path, disks_dir: Path) -> str | None:
+    """Why root disks cannot lie there, None: they can. What is swept as the cache's own must hold nothing else."""
+    below = Path(os.path.relpath(disks_dir, root)).parts
+    if below and below[0] not in OWN_NAMES:
+        return None
+    return f"{disks_dir} is where the cache keeps its own files; give {root / 'disks'} or a directory elsewhere"
 
 
 def _name(value: object) -> str:

@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import grp
 import json
+import logging
 import os
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _entries, _fs
+from nova_imagecache._config import OWN_NAMES
 from nova_imagecache._models import Pin
 from nova_imagecache.exceptions import BackendError, ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+_log = logging.getLogger(__name__)
 
 LAYOUT = 1
 _ATTEMPTS = 10
@@ -31,10 +35,7 @@ _QUIET = 1_000_000_000
 _TAG = b"""Signature: 8a477f597d28d172789f06886806bc55
 # This file marks the directory as a cache (https://bford.info/cachedir/). It is made by nova_imagecache.
 """
-_OURS = {
-    *("CACHEDIR.TAG", "cache.json", "bases", "staging", "trash", "quarantine", "users", "pins", "refused"),
-    *("revoked", "hosts", "adopted", "templates", "locks", "disks", "lost+found"),
-}
+_OURS = OWN_NAMES | {"disks", "lost+found"}
 
 
 class Root:

@@ -77,6 +77,25 @@ def test_a_file_that_is_not_there_is_a_config_error(tmp_path: Path) -> None:
             CacheConfig.from_toml(path)
 
 
+@pytest.mark.parametrize(
+    "disks",
+    [
+        *("/y", "/y/", "/y/.", "/x/../y", "/y/staging", "/y/trash/disks", "/y/disks/../bases", "/y/users", "/y/locks"),
+        *("/y/quarantine", "/y/templates", "/y/adopted", "/y/pins/a/b", "/y/cache.json"),
+    ],
+)
+def test_disks_cannot_lie_where_the_cache_keeps_its_own_files(disks: str) -> None:
+    """What a sweep of the cache's own files finds there it removes."""
+    with pytest.raises(ConfigError, match=r"disks_dir: .* give /y/disks or a directory elsewhere"):
+        CacheConfig.from_mapping({"root": "/y", "disks_dir": disks})
+
+
+@pytest.mark.parametrize("disks", ["/", "/y/disks", "/y/disks/vms", "/y/instances", "/yy", "/y/../staging", "/staging"])
+def test_disks_may_lie_beside_around_and_below(disks: str) -> None:
+    """Nova's cache is below its instances; names that the cache does not use are free."""
+    assert CacheConfig.from_mapping({"root": "/y", "disks_dir": disks}).disks_dir == Path(disks)
+
+
 def test_all_problems_come_at_once() -> None:
     """Nobody corrects a file once per mistake."""
     values = {
