@@ -91,7 +91,7 @@ def _reclaimable(counted: Sequence[tuple[Survey, int]], remover: Remover) -> int
         (survey.base, allocated)
         for survey, allocated in counted
         if not remover.has_users(survey)
-        and not (survey.base.image_id in pinned and remover.root.pins(survey.base.image_id, now))
+        and not ((pinned is None or survey.base.image_id in pinned) and remover.root.pins(survey.base.image_id, now))
     ]
     try:
         # only of those: a finder looks at every disk, and nearly always nearly every base has a user that storage knows

@@ -208,12 +208,13 @@ def sweep(parent: Path, failed: dict[str, str] | None = None) -> tuple[list[str]
     removed, alive = [], []
     for name in names(parent):
         path = parent / name
-        dead = hold(path, wait=False)
-        if dead is None:
-            if path.is_dir():
-                alive.append(name)
-            continue
+        dead = None
         try:
+            dead = hold(path, wait=False)
+            if dead is None:
+                if path.is_dir():
+                    alive.append(name)
+                continue
             _fs.rmtree(path)
         except OSError as err:
             _log.warning("%s cannot be removed: %s", path, err)
@@ -222,7 +223,8 @@ def sweep(parent: Path, failed: dict[str, str] | None = None) -> tuple[list[str]
         else:
             removed.append(name)
         finally:
-            dead.release()
+            if dead is not None:
+                dead.release()
     return removed, alive
 
 

@@ -184,9 +184,13 @@ class Root:
                 found.append(Pin(image_id=image_id, owner=name.removesuffix(".json"), until=end))
         return tuple(found)
 
-    def pinned(self) -> frozenset[str]:
-        """The image ids that have a pin, ended or not: one listing for a whole pass."""
+    def pinned(self) -> frozenset[str] | None:
+        """The image ids that have a pin, ended or not: one listing for a whole pass. None: it cannot be had, and
+        each may have one, as ``pins`` says."""
         try:
             return frozenset(os.listdir(self._pins))  # noqa: PTH208 - names, not paths
         except FileNotFoundError:
             return frozenset()
+        except OSError as err:
+            _log.warning("what is pinned cannot be listed: %s", err)
+            return None

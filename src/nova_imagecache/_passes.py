@@ -96,7 +96,7 @@ class Passes:
         facts = []
         for survey in surveys:
             image_id = survey.base.image_id
-            fact = self._facts(survey, found.get(image_id, ()), doubt, pinned=image_id in pinned)
+            fact = self._facts(survey, found.get(image_id, ()), doubt, pinned=pinned is None or image_id in pinned)
             if fact is not None:
                 facts.append(fact)
         return facts

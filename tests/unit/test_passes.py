@@ -105,6 +105,18 @@ def test_doubt_keeps_the_bad_base(spoil: Callable[[Rig], None], rig: Rig) -> Non
     assert "b" in names(cache)
 
 
+def test_pins_that_cannot_be_listed_keep_every_base(rig: Rig) -> None:
+    """Anyone may be pinned; the figures can be had, and nothing counts as reclaimable."""
+    clock = Clock()
+    cache = open_cache(rig, clock)
+    (rig.root / "pins").rmdir()
+    (rig.root / "pins").write_text("no directory")
+    assert set(clean_twice(cache, clock).kept) == set(SAMPLES)
+    assert {item.reason for item in cache.plan_cleanup(max_idle=0).items} == {"pinned by unreadable"}
+    usage = cache.usage()
+    assert (usage.base_count, usage.reclaimable) == (3, 0)
+
+
 STEPS = [
     ("fs.touch", "bases/b/unused-since", ()),
     ("fs.rename", "bases/b", ("a", "c")),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from conftest import InChild
 from harness import images, places
 from harness.images import MIB
 from harness.rig import Rig
@@ -85,6 +87,69 @@ def test_a_directory_that_the_driver_deleted_itself(rig: Rig) -> None:
         assert not (rig.disks / "vm").exists(), "nothing is left of looking"
     assert _references(rig) == []
     assert _passes_for_400_days(rig) == set()
+
+
+def test_a_directory_of_others_among_the_disks(open_path: Path, in_child: InChild) -> None:
+    """As lost+found is, on a filesystem of its own: disks are listed, a base says who uses it, references end."""
+    open_path.chmod(0o777)
+    rig = Rig(open_path, "path", {"img": images.raw("referred to")})
+
+    def make() -> None:
+        rig.cache().create_root_disk("img", "vm", size=SIZE)
+
+    in_child(make, unprivileged=True)
+    (rig.disks / "lost+found").mkdir()
+    (rig.disks / "lost+found").chmod(0o700)
+
+    def use() -> None:
+        cache = rig.cache()
+        assert [disk.disk_id for disk in cache.root_disks()] == ["vm"]
+        assert [user.disk_id for user in cache.users("img")] == ["vm"]
+        with pytest.raises(BaseInUseError, match="vm/disk"):
+            cache.remove_base("img")
+        shutil.rmtree(rig.disks / "vm")
+        cache.remove_root_disk("vm")
+        assert cache.users("img") == []
+
+    in_child(use, unprivileged=True)
+    assert _references(rig) == []
+
+
+def test_a_directory_of_ours_that_cannot_be_listed_hides_no_other(open_path: Path, in_child: InChild) -> None:
+    """The other disks are listed; what lies in it is in doubt, and a reference that may be of it stays."""
+    open_path.chmod(0o777)
+    rig = Rig(open_path, "path", {"img": images.raw("referred to")})
+
+    def use() -> None:
+        cache = rig.cache()
+        for disk_id in ("a", "vm", "z"):
+            cache.create_root_disk("img", disk_id, size=SIZE)
+        (rig.disks / "a").chmod(0)
+        assert [disk.disk_id for disk in cache.root_disks()] == ["vm", "z"]
+        shutil.rmtree(rig.disks / "vm")
+        cache.remove_root_disk("vm")
+        (rig.disks / "a").chmod(0o755)
+
+    in_child(use, unprivileged=True)
+    assert len(_references(rig)) == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_record_of_others_that_cannot_be_read_keeps_a_reference(open_path: Path, in_child: InChild) -> None:
+    """In a directory that can be entered it may be the very disk's, moved by another user."""
+    open_path.chmod(0o777)
+    rig = Rig(open_path, "path", {"img": images.raw("referred to")})
+
+    def make() -> None:
+        rig.cache().create_root_disk("img", "vm", size=SIZE)
+
+    in_child(make, unprivileged=True)
+    (rig.disks / "vm").rename(rig.disks / "moved")
+    for path in (rig.disks / "moved", rig.disks / "moved" / "disk.json"):
+        os.chown(path, 0, 0)
+    (rig.disks / "moved" / "disk.json").chmod(0o600)
+    in_child(lambda: rig.cache().remove_root_disk("vm"), unprivileged=True)
+    assert _references(rig) == ["vm.disk.json"]
 
 
 def test_a_disk_that_the_driver_deleted_itself(rig: Rig) -> None:

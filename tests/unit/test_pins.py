@@ -63,7 +63,7 @@ def test_pins_of_images_are_apart(root: Root) -> None:
     root.pin(Pin(image_id="img.2", owner="me"))
     assert owners(root, "img") == ["nova"]
     assert owners(root, "img.2") == ["me"]
-    assert root.pinned() == {"img", "img.2"}
+    assert root.pinned() == frozenset({"img", "img.2"})
 
 
 def test_taking_away_what_is_not_there_is_fine(root: Root) -> None:
@@ -77,7 +77,7 @@ def test_taking_away_what_is_not_there_is_fine(root: Root) -> None:
 def test_the_last_pin_takes_its_directory_along(root: Root) -> None:
     """A pass lists pinned images by one look."""
     root.pin(Pin(image_id="img", owner="nova"))
-    assert root.pinned() == {"img"}
+    assert root.pinned() == frozenset({"img"})
     root.unpin("img", "nova")
     assert root.pinned() == frozenset()
 

@@ -94,6 +94,31 @@ def test_a_directory_of_ours_that_cannot_be_listed_is_a_failure(open_path: Path,
     (rig.disks / "a").chmod(0o755)
 
 
+@pytest.mark.parametrize("entry", ["staging/img.0123456789abcdef", "trash/img.0123456789abcdef", "users/img"])
+def test_an_entry_of_others_is_a_failure(entry: str, open_path: Path, in_child: InChild) -> None:
+    """As of a command that root ran and that was killed: told, with everything else swept all the same."""
+    open_path.chmod(0o777)
+    rig = Rig(open_path, "path", {"img": images.raw("recovered"), "other": images.raw("another")})
+    litter = ["staging/x.0123456789abcdef", "staging/z.0123456789abcdef", "trash/z.0123456789abcdef"]
+
+    def make() -> None:
+        rig.cache().create_root_disk("other", "vm", size=SIZE)
+        for name in ("trash", *litter):
+            (rig.root / name).mkdir()
+        twice = rig.root / "users" / "other" / "older.disk.json"
+        twice.write_bytes((rig.root / "users" / "other" / "vm.disk.json").read_bytes().replace(b"/vm/", b"/older/"))
+
+    in_child(make, unprivileged=True)
+    (rig.root / entry).mkdir()
+    (rig.root / entry).chmod(0o700)
+
+    def recover() -> tuple[set[str], list[str]]:
+        report = rig.cache().recover()
+        return set(report.removed), list(report.failed)
+
+    assert in_child(recover, unprivileged=True) == ({*litter, "users/other/older.disk.json"}, [entry])
+
+
 def test_whole_disks_are_not_held_for_a_look(rig: Rig) -> None:
     """A recover over thousands of directories stands in nobody's way: it holds those where something is dead."""
     cache = rig.cache()

@@ -223,6 +223,9 @@ class FileDisks(FileBases):
             try:
                 record = self._load(self._directory(disk_id), name)
             except OSError as err:
+                directory = self._directory(disk_id)
+                if is_foreign(directory) and not os.access(directory, os.X_OK, effective_ids=True):
+                    continue
                 _log.warning("%s stays: it may be of a disk in %s, which cannot be read: %s", references, disk_id, err)
                 return
             if record is not None:
@@ -290,7 +293,13 @@ class FileDisks(FileBases):
 
     def _recorded(self) -> Iterator[tuple[str, str]]:
         for disk_id in _entries.names(self.paths.disks_dir):
-            for entry in _entries.names(self._directory(disk_id)):
+            try:
+                entries = _entries.names(self._directory(disk_id))
+            except OSError as err:  # one directory hides no other
+                if not (isinstance(err, PermissionError) and is_foreign(self._directory(disk_id))):
+                    _log.warning("disks in %s are left out: %s", disk_id, err)
+                continue
+            for entry in entries:
                 if entry.endswith(".json") and not entry.startswith("."):
                     yield disk_id, entry.removesuffix(".json")
 
@@ -380,6 +389,14 @@ class FileDisks(FileBases):
                 name=name,
                 stage="attach",
             )
+
+
+def is_foreign(directory: Path | str) -> bool:
+    """Whether a directory that we may not enter is another user's, as lost+found is: nothing of ours is in it."""
+    try:
+        return os.stat(directory).st_uid != os.geteuid()  # noqa: PTH116 - one call
+    except FileNotFoundError:  # gone meanwhile
+        return True
 
 
 def reader_of(link: Path) -> str | None:

@@ -288,11 +288,12 @@ class FileBases(Backend):
         """
         purged, restored, alive, failed = [], [], [], {}
         for token in _entries.names(self._trash):
-            held = _entries.hold(self._trash / token, wait=False)
-            if held is None and (self._trash / token).is_dir():
-                alive.append(token)
-                continue
+            held = None
             try:
+                held = _entries.hold(self._trash / token, wait=False)
+                if held is None and (self._trash / token).is_dir():
+                    alive.append(token)
+                    continue
                 if self._restore_used(token):
                     restored.append(token)
                     continue

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from nova_imagecache import _entries, _fs, _qcow2
 from nova_imagecache.backends import RecoveryReport
-from nova_imagecache.backends._disks import FileDisks, reader_of
+from nova_imagecache.backends._disks import FileDisks, is_foreign, reader_of
 from nova_imagecache.backends._references import leads_to, made_at, refers_to
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -32,7 +33,7 @@ class RecoverableDisks(FileDisks):
                     removed += self._sweep_directory(disk_id, alive)
             except OSError as err:  # one directory that cannot be read stops no other
                 failed[f"disks/{disk_id}"] = str(err)
-        removed += self._sweep_references()
+        removed += self._sweep_references(failed)
         return RecoveryReport(removed=tuple(removed), restored=tuple(restored), alive=tuple(alive), failed=failed)
 
     def _sweep_directory(self, disk_id: str, alive: list[str]) -> list[str]:
@@ -51,23 +52,20 @@ class RecoverableDisks(FileDisks):
             return [f"disks/{disk_id}"]
         return []
 
-    def _sweep_references(self) -> list[str]:
-        """Take away what an attach that died left: a path reference under a name that its disk no longer has."""
-        gone = []
+    def _sweep_references(self, failed: dict[str, str]) -> list[str]:
+        """Take away what an attach that died left: a path reference under a name that its disk no longer has.
+
+        Those of one image that cannot be read or removed stop no other's; ``failed`` is told.
+        """
+        gone: list[str] = []
         users = self.paths.root / "users"
         for image_id in _entries.names(users):
-            written: dict[float, list[Path]] = {}
-            names = _entries.names(users / image_id)
-            for name in names if len(names) > 1 else ():
-                if (own := made_at(users / image_id / name)) is not None:
-                    written.setdefault(own, []).append(users / image_id / name)
-            for own, paths in written.items():
-                # what was set aside sorts behind
-                there = {refers_to(path): path for path in reversed(paths) if leads_to(path, own)}
-                for path in paths if there else ():
-                    if path not in there.values():
-                        _fs.unlink(path)
-                        gone.append(f"users/{image_id}/{path.name}")
+            try:
+                for path in _superseded(users / image_id):
+                    _fs.unlink(path)
+                    gone.append(f"users/{image_id}/{path.name}")
+            except OSError as err:
+                failed[f"users/{image_id}"] = str(err)
         return gone
 
     def _sweep_disk(self, disk_id: str) -> list[str]:
@@ -115,6 +113,19 @@ class RecoverableDisks(FileDisks):
         return [link.name]
 
 
+def _superseded(users: Path) -> Iterator[Path]:
+    """An image's path references to disks that another of its references leads to."""
+    written: dict[float, list[Path]] = {}
+    names = _entries.names(users)
+    for name in names if len(names) > 1 else ():
+        if (own := made_at(users / name)) is not None:
+            written.setdefault(own, []).append(users / name)
+    for own, paths in written.items():
+        # what was set aside sorts behind
+        there = {refers_to(path): path for path in reversed(paths) if leads_to(path, own)}
+        yield from (path for path in paths if there and path not in there.values())
+
+
 def _may_hold_litter(directory: str) -> bool:
     """Whether a directory of disks needs a closer look. It is not held: nearly always nothing is to be done.
 
@@ -127,8 +138,8 @@ def _may_hold_litter(directory: str) -> bool:
         return True
     except FileNotFoundError:
         return False
-    except PermissionError:  # another user's: nothing of ours is in it
-        if os.stat(directory).st_uid == os.geteuid():  # noqa: PTH116 - one call
+    except PermissionError:
+        if not is_foreign(directory):
             raise
         return False
     return any(_may_be_dead(name, names, directory) for name in names)
