@@ -96,18 +96,22 @@ def recently_used(base: BaseFacts, now: float, seconds: float = RECENT) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Immovable:
-    """Bytes that eviction cannot free: of pinned bases, and of bases with users, unknown users or a recent use."""
+    """Bytes that eviction cannot free: of bases with users or unknown ones, of pinned ones, and of the rest those that
+    were used just now."""
 
     pinned: int
     in_use: int
+    recent: int
 
 
 def immovable(bases: Iterable[BaseFacts], *, now: float) -> Immovable:
     """What stands in the way of making room."""
-    pinned = in_use = 0
+    pinned = in_use = recent = 0
     for base in bases:
-        if base.users != 0 or recently_used(base, now):
+        if base.users != 0:
             in_use += base.allocated
         elif base.pins:
             pinned += base.allocated
-    return Immovable(pinned=pinned, in_use=in_use)
+        elif base.managed and recently_used(base, now):
+            recent += base.allocated
+    return Immovable(pinned=pinned, in_use=in_use, recent=recent)

@@ -79,6 +79,7 @@ class Keeper:
                 free=refusal.free,
                 pinned=stuck.pinned,
                 in_use=stuck.in_use,
+                recent=stuck.recent,
                 limit=refusal.limit,
                 image_id=image_id,
                 stage=stage,

@@ -218,10 +218,12 @@ class BackendUnavailableError(BackendError):
 
 
 class NoSpaceError(BackendError):
-    """The storage has no room. ``needed`` and ``free`` in bytes; ``pinned`` and ``in_use`` cannot be evicted."""
+    """The storage has no room. Bytes, each None where nobody counted: ``needed``, ``free``, and what cannot be evicted:
+    of bases that are ``pinned``, ``in_use``, or ``recent``: unused now, and used within the last five minutes.
+    """
 
     exit_code = EX_TEMPFAIL
-    default_todo = "Free space, raise the limit, or run cleanup"
+    default_todo = "Free space, raise the limit, unpin, or run cleanup --max-idle 0: plan_cleanup(max_idle=0) in Python"
 
     def __init__(
         self,
@@ -230,6 +232,7 @@ class NoSpaceError(BackendError):
         free: int | None = None,
         pinned: int | None = None,
         in_use: int | None = None,
+        recent: int | None = None,
         limit: str | None = None,
         backend: str | None = None,
         image_id: str | None = None,
@@ -239,13 +242,17 @@ class NoSpaceError(BackendError):
     ) -> None:
         parts = [f"{what} {n}" for what, n in (("needed", needed), ("free", free)) if n is not None]
         parts += [f"{what} {n}" for what, n in (("pinned", pinned), ("in use", in_use)) if n is not None]
+        parts += [f"used within the last five minutes {recent}"] if recent is not None else []
         detail = "no space left" + (f" ({', '.join(parts)} bytes)" if parts else "")
         detail += f": {limit} would be exceeded" if limit else ""
-        super().__init__(detail, backend=backend, image_id=image_id, disk_id=disk_id, name=name, stage=stage)
+        later = "Call again in five minutes, when what was used just now may go. "
+        todo = later + self.default_todo if recent else None
+        super().__init__(detail, backend=backend, image_id=image_id, disk_id=disk_id, name=name, stage=stage, todo=todo)
         self.needed = needed
         self.free = free
         self.pinned = pinned
         self.in_use = in_use
+        self.recent = recent
         self.limit = limit
 
 

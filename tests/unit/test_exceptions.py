@@ -31,7 +31,8 @@ SAMPLES: list[e.ImageCacheError] = [
     e.BackendError("it broke", backend="qcow2", **WHERE),
     e.BackendNotFoundError("zfs", ["file", "qcow2"]),
     e.BackendUnavailableError("no monitor answers", backend="rbd", stage="check"),
-    e.NoSpaceError(needed=7, free=3, pinned=1, in_use=2, limit="max_bytes", backend="file", image_id="img", stage="x"),
+    e.NoSpaceError(needed=7, free=3, pinned=1, in_use=2, recent=4, limit="max_bytes", image_id="img", stage="x"),
+    e.NoSpaceError(backend="file", disk_id="vm", stage="create_root_disk"),
     e.CommandError(["qemu-img", "info"], 1, "cannot open\n", backend="qcow2", image_id="img", stage="measure"),
     e.BaseNotFoundError(image_id="img", stage="users"),
     e.BaseInUseError(USERS, image_id="img", stage="removal"),
@@ -187,8 +188,8 @@ def test_fields_hold_what_was_given() -> None:
     assert e.ImageRejectedError("why").reason == "why"
     corrupt = e.ImageCorruptError(*DIGESTS)
     assert (corrupt.expected, corrupt.actual) == DIGESTS
-    full = e.NoSpaceError(needed=7, free=3, pinned=1, in_use=2)
-    assert (full.needed, full.free, full.pinned, full.in_use) == (7, 3, 1, 2)
+    full = e.NoSpaceError(needed=7, free=3, pinned=1, in_use=2, recent=4)
+    assert (full.needed, full.free, full.pinned, full.in_use, full.recent) == (7, 3, 1, 2, 4)
     late = e.LockTimeoutError("/lock", 3.0)
     assert (late.path, late.waited) == ("/lock", 3.0)
     small = e.DiskTooSmallError(1, 2)

@@ -329,7 +329,11 @@ def test_what_was_used_within_five_minutes_is_never_evicted(rig: Rig) -> None:
     with pytest.raises(NoSpaceError) as caught:
         cache.ensure_base("img-2")
     assert names(cache) == {"img-0", "img-1"}
-    assert (caught.value.needed, caught.value.pinned) == (MIB, 0)
+    error = caught.value
+    assert (error.needed, error.pinned, error.in_use) == (MIB, 0, 0)
+    assert error.recent == cache.usage().reclaimable >= 2 * MIB
+    assert "five minutes" in str(error)
+    assert "--max-idle 0" in str(error)
     last_used(rig, "img-1", clock.now - 6 * MINUTE)
     cache.ensure_base("img-2")
     assert names(cache) == {"img-0", "img-2"}
@@ -541,6 +545,18 @@ def test_what_cannot_fit_is_refused_with_the_figures(rig: Rig) -> None:
     assert source.opens == 0
     assert list(rig.root.glob("staging/*")) == []
     assert cache.pins("img-1") == (Pin(image_id="img-1", owner="operator", until=None),)
+
+
+def test_a_pinned_base_is_told_as_pinned_also_while_it_is_new(rig: Rig) -> None:
+    """Whoever unpins it makes room, in five minutes."""
+    cache = open_cache(rig, Clock(), max_bytes=2 * MIB + TIGHT)
+    cache.ensure_base("img-0")
+    cache.pin("img-0", "operator")
+    cache.create_root_disk("img-1", "vm")
+    pinned, in_use = (cache.base_usage(image_id).allocated for image_id in ("img-0", "img-1"))
+    with pytest.raises(NoSpaceError) as caught:
+        cache.ensure_base("img-2")
+    assert (caught.value.pinned, caught.value.in_use, caught.value.recent) == (pinned, in_use, 0)
 
 
 def test_what_can_never_fit_costs_no_base(rig: Rig) -> None:
