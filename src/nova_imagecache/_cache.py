@@ -12,7 +12,14 @@ from nova_imagecache._guard import translated
 from nova_imagecache._models import EnsureResult, Pin
 from nova_imagecache._root_disks import RootDisks
 from nova_imagecache._watch import Watch
-from nova_imagecache.exceptions import BackendError, BaseCorruptError, BaseNotFoundError, ConfigError, ImageCacheError
+from nova_imagecache.exceptions import (
+    BackendError,
+    BaseCorruptError,
+    BaseNotFoundError,
+    ConfigError,
+    ImageCacheError,
+    InvalidRequestError,
+)
 
 if TYPE_CHECKING:
     import threading
@@ -372,8 +379,14 @@ class ImageCache:
         """Keep the base of an image, also one that is not there yet, until ``until`` (None: until it is unpinned).
 
         ``until`` is an aware datetime or POSIX seconds. A second pin of the same owner takes the first one's place.
+
+        Raises:
+            InvalidRequestError: ``until`` is over; a pin that the owner has stays as it is.
         """
         pin = Pin(image_id=_args.image_id(image_id), owner=_args.owner(owner), until=_args.moment(until))
+        if pin.until is not None and pin.until <= self._engine.clock():
+            todo = "Give a time that is to come, or unpin"
+            raise InvalidRequestError("the pin would be over already", image_id=image_id, stage="arguments", todo=todo)
         self._engine.root.prepare()
         with translated(lambda text: BackendError(f"the pin cannot be written: {text}", image_id=image_id)):
             self._engine.root.pin(pin)

@@ -17,7 +17,7 @@ from harness.children import child
 from harness.images import MIB
 from harness.rig import Rig
 from harness.upkeep import DAY, HOUR, Clock, Events, clean_twice, dense, names, open_cache
-from nova_imagecache import BaseImage, BaseInUseError, DiskUser, ImageCache
+from nova_imagecache import BaseImage, BaseInUseError, DiskUser, ImageCache, InvalidRequestError
 from nova_imagecache.finders import DiskDirectories
 from nova_imagecache.testing import FaultPlan
 
@@ -333,6 +333,17 @@ def test_a_pin_ends(rig: Rig) -> None:
     assert cache.cleanup().marked == ("a",)
     clock.move(2 * DAY)
     assert cache.cleanup().removed == ("a",)
+
+
+@pytest.mark.parametrize("ago", [0.0, 10 * DAY, float("inf")])
+def test_a_pin_that_would_be_over_is_refused(ago: float, rig: Rig) -> None:
+    """A wrong year must not take away the pin that the owner has."""
+    clock = Clock()
+    cache = open_cache(rig, clock)
+    cache.pin("a", "release")
+    with pytest.raises(InvalidRequestError, match="over already"):
+        cache.pin("a", "release", until=clock.now - ago)
+    assert [pin.until for pin in cache.pins("a")] == [None]
 
 
 @pytest.mark.parametrize("end", ["time", "unpin"])
