@@ -50,7 +50,8 @@ def admit_metadata(image: ImageInfo, request: Request) -> None:
         raise ImageRejectedError("it has no data", image_id=image.image_id, stage="metadata")
     if image.digest is None and request.expect is None and not request.allow_unverified:
         reason = "no digest of it is known, and allow_unverified is off"
-        raise ImageRejectedError(reason, image_id=image.image_id, stage="metadata")
+        todo = "Give the image a digest, or turn on allow_unverified in the configuration"
+        raise ImageRejectedError(reason, image_id=image.image_id, stage="metadata", todo=todo)
     if request.disk_size is not None and image.min_disk > request.disk_size:
         raise DiskTooSmallError(request.disk_size, image.min_disk, image_id=image.image_id)
     if image.disk_format in RAW_FORMATS and image.size is not None:

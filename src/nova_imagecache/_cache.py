@@ -89,11 +89,15 @@ class ImageCache:
         problems: list[str] = []
         backend = _plugins.unless_refused(
             "backend_options",
+            config.backend_options,
             lambda: _plugins.load_backend(config.backend, config.backend_options, paths(config)),
             problems,
         )
         source = _plugins.unless_refused(
-            "source_options", lambda: _plugins.load_source(config.source, config.source_options), problems
+            "source_options",
+            config.source_options,
+            lambda: _plugins.load_source(config.source, config.source_options),
+            problems,
         )
         if backend is None or source is None:
             raise ConfigError(problems)

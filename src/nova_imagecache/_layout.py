@@ -11,10 +11,12 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import json
 import logging
 import os
+import pwd
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -22,16 +24,24 @@ from typing import TYPE_CHECKING
 from nova_imagecache import _entries, _fs
 from nova_imagecache._config import OWN_NAMES
 from nova_imagecache._models import Pin
-from nova_imagecache.exceptions import BackendError, ConfigError
+from nova_imagecache.exceptions import BackendError, ConfigError, NoSpaceError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from nova_imagecache.exceptions import ImageCacheError
 
 _log = logging.getLogger(__name__)
 
 LAYOUT = 1
 _ATTEMPTS = 10
 _QUIET = 1_000_000_000
+_OPENING = "opening the cache"
+_WRONG_PLACE = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
+"""What a path gives that names no directory, or one that is not for this user; the rest is the storage's failure."""
 _TAG = b"""Signature: 8a477f597d28d172789f06886806bc55
 # This file marks the directory as a cache (https://bford.info/cachedir/). It is made by nova_imagecache.
 """
@@ -61,7 +71,8 @@ class Root:
 
         Raises:
             ConfigError: it is of a newer layout, of another storage, or a directory of something else.
-            BackendError: it cannot be made or written.
+            ConfigError: it cannot be made or written where it is named, or by this user.
+            NoSpaceError, BackendError: its storage has no room, or failed.
         """
         if self._ready:
             return
@@ -70,12 +81,31 @@ class Root:
         try:
             self._make()
         except OSError as err:
-            raise BackendError(
-                f"the cache root {self.path} cannot be used: {err.strerror}",
-                stage="opening the cache",
-                todo="Give this user a directory it owns, or correct root in the configuration",
-            ) from err
+            raise self._refusal(err) from err
         self._ready = True
+
+    def _refusal(self, err: OSError) -> ImageCacheError:
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+            return NoSpaceError(stage=_OPENING)
+        text = f"the cache root {self.path} cannot be used: {err.strerror}"
+        if err.errno not in _WRONG_PLACE:
+            return BackendError(text, stage=_OPENING)
+        owner = self._other_owner() if err.errno in (errno.EACCES, errno.EPERM) else None
+        deed = "Give this user a directory it owns" if owner is None else f"Run this as {owner}, who owns the root"
+        return ConfigError([f"root: {text}"], stage=_OPENING, todo=f"{deed}, or correct root in the configuration")
+
+    def _other_owner(self) -> str | None:
+        """The user whose root it is, where that is not this one."""
+        try:
+            owner = self.path.stat().st_uid
+        except OSError:  # it is not there, or behind a directory that is closed
+            return None
+        if owner == os.geteuid():
+            return None
+        try:
+            return pwd.getpwuid(owner).pw_name
+        except KeyError:
+            return f"uid {owner}"
 
     def _make(self) -> None:
         _fs.make_dirs(self.path, self._mode)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -18,11 +17,15 @@ if TYPE_CHECKING:
 BACKENDS = "nova_imagecache.backends"
 SOURCES = "nova_imagecache.sources"
 
-_OPTION = re.compile(r"\w+: ")
+_OPTION = re.compile(r"(\w+): ")
 """How a problem begins that names its option."""
 
+_HANDED = ("root", "disks_dir", "group", "qemu_user")
+"""Options of the configuration itself that a plug-in is handed beside its own, as BackendPaths."""
+
+_UNLOADED = "Install the plug-in again with all that it needs, or correct its options; its maker is to read the cause"
+
 _T = TypeVar("_T")
-_log = logging.getLogger(__name__)
 
 
 def available(group: str) -> tuple[str, ...]:
@@ -54,8 +57,7 @@ def _load(group: str, name: str) -> Any:
         raise BackendNotFoundError(name, available(group), group=group) from err
 
 
-def _raise_load_failure(_manager: object, entry_point: object, error: BaseException) -> None:
-    _log.warning("plug-in %s cannot be imported", entry_point)
+def _raise_load_failure(_manager: object, _entry_point: object, error: BaseException) -> None:
     raise error
 
 
@@ -69,7 +71,7 @@ def load_backend(name: str, options: Mapping[str, Any], paths: BackendPaths) -> 
     """
 
     def failed(text: str) -> BackendError:
-        return BackendError(f"backend {name!r} cannot be loaded: {text}", backend=name, stage="loading")
+        return BackendError(f"backend {name!r} cannot be loaded: {text}", backend=name, stage="loading", todo=_UNLOADED)
 
     with _guard.translated(failed):
         cls = _load(BACKENDS, name)
@@ -97,21 +99,27 @@ def load_source(name: str, options: Mapping[str, Any]) -> ImageSource:
         SourceError: the plug-in cannot be imported, has no ``from_options``, or failed in it.
         ConfigError: the plug-in refused its options.
     """
-    with _guard.translated(lambda text: SourceError(f"source {name!r} cannot be loaded: {text}", stage="loading")):
+
+    def failed(text: str) -> SourceError:
+        return SourceError(f"source {name!r} cannot be loaded: {text}", stage="loading", todo=_UNLOADED)
+
+    with _guard.translated(failed):
         cls = cast("type[LoadableSource]", _load(SOURCES, name))
         return cls.from_options(options)
 
 
-def unless_refused(table: str, load: Callable[[], _T], problems: list[str]) -> _T | None:
-    """What ``load`` gives; None if the plug-in refused its options: ``problems`` has got the reasons then.
+def unless_refused(table: str, options: Mapping[str, Any], load: Callable[[], _T], problems: list[str]) -> _T | None:
+    """What ``load`` gives; None if the plug-in refused its ``options``: ``problems`` has got the reasons then.
 
     Each names its option as it stands in the configuration: a plug-in may be constructed without one, and need not know
-    that its options come from ``table``.
+    that its options come from ``table``. What it was handed beside them is the configuration's own.
     """
     try:
         return load()
     except ConfigError as err:
         for problem in err.problems:
-            separator = "." if _OPTION.match(problem) else ": "
-            problems.append(problem if problem.startswith(table) else f"{table}{separator}{problem}")
+            option = _OPTION.match(problem)
+            own = option is not None and option[1] in _HANDED and option[1] not in options
+            separator = "." if option is not None else ": "
+            problems.append(problem if own or problem.startswith(table) else f"{table}{separator}{problem}")
         return None

@@ -86,8 +86,10 @@ class ConfigError(ImageCacheError, ValueError):
     exit_code = 2
     default_todo = "Correct the configuration and start again"
 
-    def __init__(self, problems: Sequence[str], *, stage: str | None = "configuration") -> None:
-        super().__init__("; ".join(problems), stage=stage)
+    def __init__(
+        self, problems: Sequence[str], *, stage: str | None = "configuration", todo: str | None = None
+    ) -> None:
+        super().__init__("; ".join(problems), stage=stage, todo=todo)
         self.problems = tuple(problems)
 
 
@@ -131,8 +133,10 @@ class ImageRejectedError(SourceError):
     exit_code = 3
     default_todo = "Do not use this image: repair it and upload it as a new one"
 
-    def __init__(self, reason: str, *, image_id: str | None = None, stage: str | None = "inspection") -> None:
-        super().__init__(f"the image is refused: {reason}", image_id=image_id, stage=stage)
+    def __init__(
+        self, reason: str, *, image_id: str | None = None, stage: str | None = "inspection", todo: str | None = None
+    ) -> None:
+        super().__init__(f"the image is refused: {reason}", image_id=image_id, stage=stage, todo=todo)
         self.reason = reason
 
 
@@ -245,7 +249,7 @@ class NoSpaceError(BackendError):
         parts += [f"used within the last five minutes {recent}"] if recent is not None else []
         detail = "no space left" + (f" ({', '.join(parts)} bytes)" if parts else "")
         detail += f": {limit} would be exceeded" if limit else ""
-        later = "Call again in five minutes, when what was used just now may go. "
+        later = "Call again in five minutes, when what was used just now may go. Sooner: "
         todo = later + self.default_todo if recent else None
         super().__init__(detail, backend=backend, image_id=image_id, disk_id=disk_id, name=name, stage=stage, todo=todo)
         self.needed = needed
@@ -292,7 +296,7 @@ class BaseNotFoundError(ImageCacheError):
     """The cache has no base of this image."""
 
     exit_code = 4
-    default_todo = "Call ensure_base to bring it in"
+    default_todo = "Bring it in first: ensure, or ensure_base in Python"
 
     def summary(self) -> str:
         """The first half of the message: what happened."""
@@ -303,7 +307,7 @@ class BaseInUseError(ImageCacheError):
     """The base has ``users`` and therefore stays."""
 
     exit_code = 3
-    default_todo = "Remove or flatten the root disks that depend on it first"
+    default_todo = "Remove the root disks that depend on it first, or flatten them: flatten_root_disk in Python"
 
     def __init__(self, users: Sequence[DiskUser], *, image_id: str | None = None, stage: str | None = None) -> None:
         names = [f"{u.disk_id or 'unnamed'}/{u.name or '?'}" for u in users[:5]]
@@ -328,7 +332,7 @@ class BasePinnedError(ImageCacheError):
 class BaseCorruptError(ImageCacheError):
     """The base's bytes are no longer those that were published."""
 
-    default_todo = "It is in quarantine and not used again; ensure_base fetches a new one"
+    default_todo = "It is in quarantine and not used again; the next ensure fetches a new one"
 
 
 class UsersUnknownError(ImageCacheError):

@@ -192,5 +192,5 @@ class _Look:
         """
         if self._doubts:
             more = f" (and {len(self._doubts) - 1} more)" if len(self._doubts) > 1 else ""
-            todo = "Let the cache's user read it, or name what is no disk in not_disks"
+            todo = "Correct its name, or let the cache's user read it; what is no disk is named in not_disks, in Python"
             raise UsersUnknownError(f"{self._doubts[0]}{more}", todo=todo, stage="users")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nova_imagecache.testing import FaultPlan
+
 from .conftest import MIB, Answer, Site
 
 
@@ -126,6 +128,41 @@ def test_a_root_of_another_kind_is_2(site: Site, change: dict[str, object]) -> N
     stamp.write_text(json.dumps(json.loads(stamp.read_text()) | change))
     fails(site.run("list"), 2, str(site.path / "cache"))
     fails(site.run("ensure", "img"), 2, str(site.path / "cache"))
+
+
+@pytest.mark.parametrize("root", ["/etc/hostname", "/proc/cache", "/etc/hostname/cache"])
+def test_a_root_that_cannot_be_opened_is_2(site: Site, root: str) -> None:
+    """It is the configuration that names it."""
+    site.config.write_text(site.config.read_text().replace(f"{site.path}/cache", root))
+    fails(site.run("list"), 2, root)
+
+
+def test_a_full_filesystem_under_a_new_root_is_75(site: Site) -> None:
+    """There may be room later."""
+    with FaultPlan().fail(0):
+        fails(site.run("list"), 75, "no space")
+
+
+def test_a_pin_that_would_be_over_is_2(site: Site) -> None:
+    """The pin that the owner has stays."""
+    site.image("img")
+    site.ok("ensure", "img")
+    site.ok("pin", "img", "me")
+    for end in (["--until", "2001-01-01"], ["--for", "0"]):
+        fails(site.run("pin", "img", "me", *end), 2, "over already")
+    assert site.ok("show", "img")["pins"] == [{"owner": "me", "until": None}]
+
+
+def test_the_next_step_is_one_of_the_command_line(site: Site) -> None:
+    """Where a deed has another name in Python, both are told."""
+    fails(site.run("show", "absent"), 4, "ensure, or ensure_base in Python")
+    site.image("img", os_hash_value=None, os_hash_algo=None)
+    fails(site.run("ensure", "img"), 3, "turn on allow_unverified")
+    site.image("img")
+    site.ok("ensure", "img")
+    fails(site.run("--disks", "/does/not/exist", "remove", "img"), 3, "/does/not/exist", "Correct its name")
+    site.ok("create-disk", "img", "vm-1")
+    fails(site.run("remove", "img"), 3, "flatten_root_disk in Python")
 
 
 def test_a_base_in_use_is_3(site: Site) -> None:

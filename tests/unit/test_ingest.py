@@ -404,8 +404,9 @@ def test_what_the_caller_expects_is_compared_as_well(bench: Bench) -> None:
 def test_an_image_without_a_digest_needs_leave(bench: Bench) -> None:
     """It is refused before a byte; allowed, its digest is written down as what it is: unverified."""
     image = FakeImage(data=RAW, digest=None)
-    with pytest.raises(ImageRejectedError, match="allow_unverified"):
+    with pytest.raises(ImageRejectedError, match="allow_unverified") as caught:
         bench.run(image)
+    assert "allow_unverified" in str(caught.value.todo)
     assert bench.source.opens == 0
     record = bench.run(image, asked(allow_unverified=True))
     assert record.evidence == "unverified"

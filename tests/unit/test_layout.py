@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import json
 import multiprocessing
@@ -18,7 +19,7 @@ from nova_imagecache import CacheConfig, FileLocation, ImageCache
 from nova_imagecache._layout import Root
 from nova_imagecache.backends import BackendPaths
 from nova_imagecache.backends.file import FileBackend
-from nova_imagecache.exceptions import BackendError, ConfigError
+from nova_imagecache.exceptions import BackendError, ConfigError, NoSpaceError
 from nova_imagecache.testing import FakeSource, FaultPlan
 
 
@@ -186,33 +187,41 @@ def test_a_file_is_no_root(tmp_path: Path) -> None:
     """Nor a place below one."""
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "cache"):
-        with pytest.raises(BackendError) as caught:
+        with pytest.raises(ConfigError, match=r"^root: ") as caught:
             prepared(path)
         assert str(path) in str(caught.value)
+        assert caught.value.stage == "opening the cache"
 
 
-def test_a_full_filesystem_is_a_backend_error_and_the_next_call_works(tmp_path: Path) -> None:
+def test_a_filesystem_that_fails_is_a_backend_error(tmp_path: Path) -> None:
+    """No configuration mends it."""
+    with FaultPlan().fail(0, error=OSError(errno.EIO, "Input/output error")), pytest.raises(BackendError) as caught:
+        prepared(tmp_path / "cache")
+    assert str(tmp_path / "cache") in str(caught.value)
+
+
+def test_a_full_filesystem_is_no_space_and_the_next_call_works(tmp_path: Path) -> None:
     """At every step; nothing half-made is taken for a root."""
     with FaultPlan() as plan:
         prepared(tmp_path / "model")
     for step in plan.trace:
         path = tmp_path / f"cache{step.index}"
         root = Root(path, "files")
-        with FaultPlan().fail(step.index), pytest.raises(BackendError) as caught:
+        with FaultPlan().fail(step.index), pytest.raises(NoSpaceError) as caught:
             root.prepare()
         assert caught.value.stage == "opening the cache"
         root.prepare()
         assert json.loads((path / "cache.json").read_text())["layout"] == 1
 
 
-def test_a_root_that_cannot_be_written_is_a_backend_error(open_path: Path, in_child: InChild) -> None:
-    """Another user's: said before anything is fetched, with what to do."""
+def test_a_root_that_cannot_be_written_is_a_wrong_root(open_path: Path, in_child: InChild) -> None:
+    """Another user's: said before anything is fetched, with who that is, or what else to do."""
     prepared(open_path / "cache")
 
     def attempt() -> list[str]:
         said = []
         for path in (open_path / "cache", open_path / "new"):
-            with pytest.raises(BackendError) as caught:
+            with pytest.raises(ConfigError) as caught:
                 prepared(path)
             assert f"{path} cannot be used" in str(caught.value)
             said.append(str(caught.value))
@@ -223,7 +232,9 @@ def test_a_root_that_cannot_be_written_is_a_backend_error(open_path: Path, in_ch
         open_path.chmod(0o555)
     try:
         said = in_child(attempt, unprivileged=True)
-        assert all("Give this user a directory it owns" in text for text in said)
+        ours = "Run this as root, who owns the root" if os.geteuid() == 0 else "Give this user a directory it owns"
+        assert ours in said[0]
+        assert "Give this user a directory it owns" in said[1]
     finally:
         open_path.chmod(0o755)
         (open_path / "cache" / "staging").chmod(0o700)

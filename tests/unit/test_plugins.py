@@ -234,6 +234,8 @@ def test_a_source_that_cannot_be_loaded_says_why(name: str, options: dict[str, A
         _plugins.load_source(name, options)
     assert caught.value.stage == "loading"
     assert caught.value.__cause__ is not None
+    assert "image service" not in str(caught.value)
+    assert "plug-in" in str(caught.value)
 
 
 def test_a_sources_refused_options_stay_a_config_error() -> None:
@@ -278,6 +280,22 @@ def test_what_both_plugins_refuse_is_one_error(
     ours = [name for name in named if name.startswith("backend_options")]
     assert ours == [f"backend_options.{name}" for name in colours]
     assert sorted(named[len(ours) :]) == [f"source_options{name}" for name in wrong]
+
+
+@pytest.mark.parametrize("backend", ["qcow2", "file"])
+def test_what_is_wrong_with_the_configurations_own_options_is_told_as_theirs(tmp_path: Path, backend: str) -> None:
+    """A group that is not there is no option of the backend, though the backend is who finds out."""
+    config = CacheConfig(root=tmp_path, backend=backend, group="no-such-group", source="mine")
+    with pytest.raises(ConfigError) as caught:
+        ImageCache.from_config(config)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["group"]
+
+
+def test_a_plugins_option_may_be_called_as_one_of_the_configuration(tmp_path: Path) -> None:
+    """Then it is the plug-in's."""
+    config = CacheConfig(root=tmp_path, backend="qcow2", backend_options={"group": "x"}, source="mine")
+    with pytest.raises(ConfigError, match=r"^backend_options\.group: "):
+        ImageCache.from_config(config)
 
 
 @pytest.mark.parametrize("name", sorted({*BACKENDS, "broken", "exits", "nomodule", "zfs"} - {"good"}))
