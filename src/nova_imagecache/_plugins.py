@@ -23,7 +23,7 @@ _OPTION = re.compile(r"(\w+): ")
 _HANDED = ("root", "disks_dir", "group", "qemu_user")
 """Options of the configuration itself that a plug-in is handed beside its own, as BackendPaths."""
 
-_UNLOADED = "Install the plug-in again with all that it needs, or correct its options; its maker is to read the cause"
+_UNLOADED = "Look at the cause: install the plug-in again with all that it needs, or correct its options"
 
 _T = TypeVar("_T")
 

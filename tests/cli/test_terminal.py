@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -132,6 +133,30 @@ def test_what_was_ready_before_a_signal_is_in_the_answer(slow: Site) -> None:
     assert terminal.wait() == (130, "failed CancelledError\n")
     # the cursor that the bars hide is shown again
     assert terminal.raw.rindex("\x1b[?25h") > terminal.raw.rindex("\x1b[?25l")
+
+
+@pytest.mark.parametrize("command", ["img", "stuck"])
+def test_a_signal_that_is_sent_twice_is_one(slow: Site, command: str) -> None:
+    """As timeout(1) does: to the process and to its group. Nothing is left behind."""
+    child = subprocess.Popen(
+        slow.argv("ensure", command, "-f", "json"),
+        env=slow.child_env(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    staging = slow.path / "cache" / "staging"
+    wait_for(lambda: staging.is_dir() and any(staging.iterdir()))
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.01)  # so that the kernel does not make one of them
+    os.killpg(child.pid, signal.SIGTERM)
+    out, err = child.communicate(timeout=20)
+    # an interpreter that is just ending has no handlers any more: the same for whoever asks a shell
+    assert child.returncode in (143, -signal.SIGTERM)
+    assert err == ""
+    assert [row["error_type"] for row in json.loads(out)] == ["CancelledError"]
+    assert list(staging.iterdir()) == []
 
 
 def test_a_second_signal_ends_it_at_once(slow: Site) -> None:

@@ -7,9 +7,10 @@ import signal
 import socket
 import sys
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nova_imagecache import ImageCacheError
 from nova_imagecache.cli._cells import human_size
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
 
 _STAGES = {"wait": "waiting", "fetch": "fetching", "convert": "converting", "publish": "publishing"}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SAME_REQUEST = 1.0
+"""Seconds in which a signal of the same kind says nothing new: timeout(1) sends one to the process and one to its group."""
 _WIDE = 120
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Interrupt:
-    """While entered, SIGINT and SIGTERM set ``event`` instead of ending the process; a second one ends it at once.
+    """While entered, SIGINT and SIGTERM set ``event`` instead of ending the process; another one ends it at once, but for
+    one of the same kind within a second.
 
     A fetch that is cancelled takes its half-written base with it; what a process leaves that is ended at once,
     ``recover`` sweeps. ``exit_code`` is None while no signal came. An error that follows a signal ends the command
@@ -44,6 +48,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.event = threading.Event()
         self.exit_code: int | None = None
+        self._stopped = 0.0
         self._restore = ExitStack()
 
     def __enter__(self) -> Self:
@@ -73,7 +78,14 @@ class Interrupt:
         stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False))
         for number in _SIGNALS:
             # without a handler of its own a signal is not told
-            stack.callback(signal.signal, number, signal.signal(number, lambda *_: None))
+            stack.callback(self._give_back, number, signal.signal(number, lambda *_: None))
+
+    def _give_back(self, number: int, handler: Any) -> None:
+        if self.exit_code == 128 + number:
+            # the process is about to end: the same request again must not cut off its answer
+            signal.signal(number, lambda again, _: self._stop(again))
+        else:
+            signal.signal(number, handler)
 
     def _read(self, told: socket.socket) -> None:
         while number := told.recv(1):
@@ -82,10 +94,13 @@ class Interrupt:
 
     def _stop(self, number: int) -> None:
         if self.event.is_set():
+            if self.exit_code == 128 + number and time.monotonic() - self._stopped < _SAME_REQUEST:
+                return
             if os.isatty(2):
                 os.write(2, _SHOW_CURSOR + b"\n")
             os._exit(128 + number)
         self.exit_code = 128 + number
+        self._stopped = time.monotonic()
         self.event.set()
 
 
