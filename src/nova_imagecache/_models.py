@@ -327,7 +327,7 @@ class Pin:
 class CleanupItem:
     """One base's ``verdict`` ("keep", "mark", "unmark", "remove") and its reason.
 
-    ``allocated`` is bytes, ``idle`` seconds (None: not idle), ``users`` None where nobody can say.
+    ``allocated`` is bytes, ``idle`` seconds (None: not idle, or not marked yet), ``users`` None where nobody can say.
     """
 
     image_id: str

@@ -234,6 +234,25 @@ def test_sizes_are_bytes_for_programs_and_words_for_people(site: Site) -> None:
     assert site.run("list", "-c", "Virtual Size", "-f", "value").out == f"{MIB}\n"
 
 
+def test_what_scripts_read_has_no_words_of_python(site: Site) -> None:
+    """Nothing, true, false and lists: as JSON says them, and empty where a field may be."""
+    site.image("img")
+    site.ok("ensure", "img")
+    site.ok("pin", "img", "me")
+    columns = ["-c", "pinned", "-c", "unused_since", "-c", "users", "-c", "managed"]
+    assert site.run("list", "-f", "value", *columns).out == "0 true true null\n"
+    assert site.run("list", "-f", "csv", *columns).out.splitlines()[1] == '"0","true","true",""'
+    shown = ["-c", "managed", "-c", "unused_since", "-c", "pins", "-c", "users"]
+    pins = '[{"owner": "me", "until": null}]'
+    assert site.run("show", "img", "-f", "value", *shown).out.splitlines() == ["true", "null", "[]", pins]
+    assert site.run("show", "img", "-f", "shell", *shown).out.splitlines() == [
+        'managed="true"',
+        'unused_since=""',
+        'users="[]"',
+        'pins="' + pins.replace('"', '\\"') + '"',
+    ]
+
+
 def test_rows_can_be_sorted_by_any_column(site: Site) -> None:
     """Also by one with gaps."""
     for image_id in ("a", "b"):

@@ -17,7 +17,7 @@ from cliff.lister import Lister
 from cliff.show import ShowOne
 
 from nova_imagecache import ImageCache, ImageCacheError, InvalidRequestError
-from nova_imagecache.cli._cells import Duration, Number, Size, UserCount
+from nova_imagecache.cli._cells import Duration, Number, Size, UserCount, plain
 from nova_imagecache.finders import DiskDirectories
 
 if TYPE_CHECKING:
@@ -43,6 +43,30 @@ class _Table(TableFormatter):
     }
 
 
+class _Value(ValueFormatter):
+    """cliff's bare values, in JSON's words: a row has the same number of them whatever is known."""
+
+    def emit_list(self, names: Sequence[str], data: Iterable[Any], stdout: Any, parsed_args: Any) -> None:
+        super().emit_list(names, ([plain(cell, "null") for cell in row] for row in data), stdout, parsed_args)
+
+    def emit_one(self, names: Sequence[str], data: Sequence[Any], stdout: Any, parsed_args: Any) -> None:
+        super().emit_one(names, [plain(cell, "null") for cell in data], stdout, parsed_args)
+
+
+class _Csv(CSVLister):
+    """cliff's CSV, with nothing where nothing is known."""
+
+    def emit_list(self, names: Sequence[str], data: Iterable[Any], stdout: Any, parsed_args: Any) -> None:
+        super().emit_list(names, ([plain(cell, "") for cell in row] for row in data), stdout, parsed_args)
+
+
+class _Shell(ShellFormatter):
+    """cliff's variables for a shell, empty where nothing is known."""
+
+    def emit_one(self, names: Sequence[str], data: Sequence[Any], stdout: Any, parsed_args: Any) -> None:
+        super().emit_one(names, [plain(cell, "") for cell in data], stdout, parsed_args)
+
+
 class _Plugin:
     """A formatter in the shape in which stevedore hands it to cliff."""
 
@@ -54,7 +78,7 @@ class _Formatters:
     """cliff's formatters by name, without the scan of all installed entry points that its own lookup costs."""
 
     def __init__(self, **extra: Any) -> None:
-        plain = {"json": JSONFormatter(), "table": _Table(), "value": ValueFormatter(), "yaml": YAMLFormatter()}
+        plain = {"json": JSONFormatter(), "table": _Table(), "value": _Value(), "yaml": YAMLFormatter()}
         self._plugins = {name: _Plugin(formatter) for name, formatter in {**plain, **extra}.items()}
 
     def names(self) -> list[str]:
@@ -132,7 +156,7 @@ class RowsCommand(CacheCommand, Lister):
     nothing = "nothing to show"
 
     def _load_formatter_plugins(self) -> Any:
-        return _Formatters(csv=CSVLister())
+        return _Formatters(csv=_Csv())
 
     def rows(self, parsed_args: argparse.Namespace) -> Iterable[Row]:
         """The rows, each with a value for every column."""
@@ -165,7 +189,7 @@ class FactsCommand(CacheCommand, ShowOne):
     """A command that answers with the facts of one thing."""
 
     def _load_formatter_plugins(self) -> Any:
-        return _Formatters(shell=ShellFormatter())
+        return _Formatters(shell=_Shell())
 
     def facts(self, parsed_args: argparse.Namespace) -> Row:
         """A value for every column."""

@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 
 
 class List(RowsCommand):
-    """List the bases: their sizes, how many root disks use them, and since when nobody does."""
+    """List the bases: their sizes, how many root disks use them, and since when nobody does.
+
+    ``idle`` is the time since the mark of a cleanup or the last use, whichever is later; null where a base has users,
+    or nobody can say. A cleanup removes no base that it has not marked first (``unused_since``), however long it is
+    idle, unless no idle time is granted.
+    """
 
     columns = (
         "image_id", "format", "virtual_size", "allocated", "users", "idle", "pinned", "managed", "last_used",
@@ -71,7 +76,10 @@ def _list_row(cache: ImageCache, base: BaseImage, users: int | None) -> Row | No
 
 
 class Show(FactsCommand):
-    """Show everything that is known of a base."""
+    """Show everything that is known of a base.
+
+    ``idle`` is told as in ``list``.
+    """
 
     columns = (*RECORD_COLUMNS, "allocated", "idle", "users", "pins")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,16 @@ class Cell(_Column):
         if self._value is None or other._value is None:
             return self._value is None and other._value is not None
         return bool(self._value < other._value)
+
+
+def plain(cell: Any, nothing: str) -> Any:
+    """A cell's value for programs that read text: ``nothing`` for None, true and false, a list as JSON."""
+    if not isinstance(cell, Cell):
+        return cell
+    value = cell.machine_readable()
+    if value is None:
+        return nothing
+    return str(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else json.dumps(value)
 
 
 class Number(Cell):

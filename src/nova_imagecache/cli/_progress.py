@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 _STAGES = {"wait": "waiting", "fetch": "fetching", "convert": "converting", "publish": "publishing"}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SAME_REQUEST = 1.0
-"""Seconds in which a signal of the same kind says nothing new: timeout(1) sends one to the process and one to its group."""
+"""Seconds in which a signal of the same kind is the same request: timeout(1) sends one to its child and one to all."""
 _WIDE = 120
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Interrupt:
-    """While entered, SIGINT and SIGTERM set ``event`` instead of ending the process; another one ends it at once, but for
-    one of the same kind within a second.
+    """While entered, SIGINT and SIGTERM set ``event`` instead of ending the process; another one ends it at once, but
+    for one of the same kind within a second.
 
     A fetch that is cancelled takes its half-written base with it; what a process leaves that is ended at once,
     ``recover`` sweeps. ``exit_code`` is None while no signal came. An error that follows a signal ends the command

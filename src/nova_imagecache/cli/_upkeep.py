@@ -55,6 +55,7 @@ class Cleanup(RowsCommand):
     """Remove the bases that nobody has used for a while.
 
     A first pass marks a base that has no users, a later one removes it. Run it again and again, say every 40 minutes.
+    ``idle`` is the time that is compared with the one that is granted: null until a first pass has marked the base.
     What dead processes left is swept as well: rows with an ``entry`` instead of an image. The exit code is 1 where
     something failed.
     """
