@@ -190,7 +190,8 @@ class ImageCache:
         """The writable root disk of an instance, made from the image's base, which is brought in if it is not there.
 
         ``size`` is bytes, rounded up to 512; None: the image's virtual size. A disk that exists, of the same image and
-        size, is returned untouched.
+        size, is returned untouched. The image's ``min_disk`` is asked for on a miss alone: a base does not keep it, and
+        a hit asks nobody. A caller for whom it is a rule compares it itself, as Nova's API does.
 
         Raises:
             DiskExistsError: a disk of that id and name exists, of another image or size.
