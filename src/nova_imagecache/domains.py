@@ -242,6 +242,19 @@ class LibvirtDomains:
             yield connection
 
 
+def log_libvirt_errors() -> None:
+    """Let libvirt tell its errors to this module's log, at debug, instead of writing them to stderr.
+
+    For a process of one's own: libvirt has one such handler for all who use it in a process. Without libvirt nothing is
+    done; whoever asks it hears of that.
+    """
+    try:
+        libvirt = _load()
+    except UsersUnknownError:
+        return
+    libvirt.registerErrorHandler(lambda _context, error: _log.debug("libvirt: %s", error[2]), None)
+
+
 def _load() -> ModuleType:
     try:
         return importlib.import_module("libvirt")  # it ships no types

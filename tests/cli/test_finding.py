@@ -109,6 +109,16 @@ def test_libvirt_that_cannot_be_asked_is_doubt(site: Site) -> None:
     assert _is_there(site)
 
 
+def test_libvirt_that_cannot_be_asked_is_told_once(site: Site) -> None:
+    """libvirt writes lines of its own to a process's stderr unless it is told not to."""
+    pytest.importorskip("libvirt")
+    _base(site)
+    answer = site.spawn("--libvirt", f"qemu:///system?socket={site.path}/nowhere", "list", "-f", "json")
+    assert answer.code == 0
+    [line] = answer.err.splitlines()
+    assert line.startswith("nova-imagecache: warning: every base is kept: libvirt cannot be asked: ")
+
+
 def test_what_is_reclaimable_is_judged_as_well(site: Site) -> None:
     """What a fetch could make room with, and what cleanup would remove."""
     base = _base(site)

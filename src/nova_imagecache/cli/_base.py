@@ -119,8 +119,9 @@ class CacheCommand(Command):
         found: list[UserFinder] = []
         chains = None
         if options.libvirt:
-            from nova_imagecache.domains import LibvirtDomains
+            from nova_imagecache.domains import LibvirtDomains, log_libvirt_errors
 
+            log_libvirt_errors()
             domains = LibvirtDomains(options.libvirt)
             chains = domains.chains
             found.append(domains)
