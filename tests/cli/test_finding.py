@@ -110,7 +110,7 @@ def test_libvirt_that_cannot_be_asked_is_doubt(site: Site) -> None:
 
 
 def test_libvirt_that_cannot_be_asked_is_told_once(site: Site) -> None:
-    """libvirt writes lines of its own to a process's stderr unless it is told not to."""
+    """By itself libvirt writes lines of its own to a process's stderr unless it is told not to."""
     pytest.importorskip("libvirt")
     _base(site)
     answer = site.spawn("--libvirt", f"qemu:///system?socket={site.path}/nowhere", "list", "-f", "json")
