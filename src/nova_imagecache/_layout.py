@@ -86,7 +86,9 @@ class Root:
 
     def _refusal(self, err: OSError) -> ImageCacheError:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            return NoSpaceError(stage=_OPENING)
+            full = NoSpaceError(stage=_OPENING)
+            full.detail = f"the cache root {self.path} cannot be made: no space left"
+            return full
         text = f"the cache root {self.path} cannot be used: {err.strerror}"
         if err.errno not in _WRONG_PLACE:
             return BackendError(text, stage=_OPENING)

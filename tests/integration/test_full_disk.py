@@ -230,7 +230,7 @@ def test_a_root_on_a_full_storage(small: Path) -> None:
     """A cache that cannot even make its root says so, and works when there is room."""
     rig = _rig(small, "link", SAMPLES)
     filler = _fill(small)
-    with pytest.raises(BackendError, match="No space left"):
+    with pytest.raises(NoSpaceError, match=f"the cache root {rig.root} cannot be made: no space left"):
         rig.cache().ensure_base("img")
     filler.unlink()
     rig.cache().ensure_base("img")
@@ -315,7 +315,7 @@ def test_max_bytes_is_kept(tmp_path: Path) -> None:
         with pytest.raises(NoSpaceError) as caught:
             cache.ensure_base("second")
         error = caught.value
-        assert (error.needed, error.limit, error.in_use) == (2 * MIB, "max_bytes", taken)
+        assert (error.needed, error.limit, error.in_use, error.recent) == (2 * MIB, "max_bytes", 0, taken)
         assert error.free == int(2.2 * MIB) - taken
         assert source.opens == 1
         cache.remove_base("img")
