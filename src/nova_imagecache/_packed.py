@@ -21,6 +21,10 @@ NONE = 0xFFFF
 _MOST_AHEAD = 1 << 17
 """Compressed clusters that are known and have not passed; QEMU writes a table just before what it names."""
 
+_MOST_BEGUN = 16 << 20
+"""Bytes held of compressed clusters whose end has not passed. Of those that lie one after the other only one is begun
+at a time, 4 MiB at most; a stranger's file may let any number of guest clusters name the same bytes."""
+
 
 class SurpriseError(ValueError):
     """A file that this decoder does not take; the text says why. qemu-img may."""
@@ -42,6 +46,7 @@ class PackedClusters:
         self._bits = cluster_size.bit_length() - 1
         self._ahead: list[tuple[int, int, int]] = []  # (file offset, length, guest offset), a heap
         self._begun: list[tuple[int, bytearray, int]] = []  # (guest offset, bytes so far, bytes missing)
+        self._held = 0  # bytes in them
 
     def __bool__(self) -> bool:
         return bool(self._ahead or self._begun)
@@ -57,13 +62,16 @@ class PackedClusters:
         if missing <= 0:
             yield Packed(guest, data)
         else:
+            self._held += len(data)
+            if self._held > _MOST_BEGUN:
+                raise SurpriseError("too many compressed clusters that lie over one another")
             self._begun.append((guest, data, missing))
 
     def hand_out(self, piece: memoryview, start: int, unnamed: array[int]) -> Iterator[Packed]:
         """Those that end in the piece at ``start``. ``unnamed`` is told, per cluster of the piece, from which sector on
         there are bytes that none takes."""
         covered, end = start, start + len(piece)
-        begun, self._begun = self._begun, []
+        begun, self._begun, self._held = self._begun, [], 0
         for guest, head, missing in begun:
             covered = max(covered, start + min(missing, len(piece)))
             yield from self.go_on(guest, head + piece[:missing], missing - len(piece))

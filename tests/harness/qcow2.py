@@ -122,6 +122,22 @@ def make(layout: Layout) -> Made:
     return made
 
 
+def one_for_all(count: int) -> bytes:
+    """A legal image of 14 MiB whose ``count`` guest clusters of 2 MiB are all the same compressed bytes, which begin in
+    the third piece of 4 MiB and end in the fourth."""
+    size = 1 << 21
+    file = bytearray(7 * size)
+    header = (b"QFI\xfb", 3, 0, 0, 21, count * size, 0, 1, size, 0, 0, 0, 0, 0, 0, 0, 4, 112, 0)
+    _HEADER.pack_into(file, 0, *header)
+    table, at = 2 * size, 4 * size + 512
+    struct.pack_into(">Q", file, size, table | _COPIED)
+    sectors = 2 * size // 512 - 1
+    struct.pack_into(f">{count}Q", file, table, *[_PACKED | sectors << (70 - 21) | at] * count)
+    packed = _squeeze(b"x" * size, zstd=False)
+    file[at : at + len(packed)] = packed
+    return bytes(file)
+
+
 def decode(file: bytes, piece: int = PIECE) -> tuple[bytes, int]:
     """What the decoder makes of a file, and how many bytes it had kept for later.
 

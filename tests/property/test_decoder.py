@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,22 @@ def test_a_file_that_was_cut_off_is_no_whole_one(cut: float) -> None:
     made = qcow2.make(qcow2.Layout(cluster_bits=16, kinds=("plain", "packed") * 40))
     with pytest.raises(REFUSED):
         qcow2.decode(made.file[: int(len(made.file) * cut)])
+
+
+def test_clusters_that_lie_over_one_another_take_no_more_memory() -> None:
+    """A few guest clusters that name the same compressed bytes are read; many are not held until those have passed."""
+    guest, _kept = qcow2.decode(qcow2.one_for_all(2))
+    assert guest == b"x" * (4 * MIB)
+    file = qcow2.one_for_all(100)
+    tracemalloc.start()
+    try:
+        with pytest.raises(SurpriseError, match="over one another"):
+            qcow2.decode(file)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # the harness holds as many bytes as the guest and the file have
+    assert peak < 200 * MIB + len(file) + 40 * MIB
 
 
 @pytest.mark.slow
