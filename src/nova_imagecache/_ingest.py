@@ -42,6 +42,38 @@ class Tell(Protocol):
     def __call__(self, stage: str, done: int, total: int | None, /) -> None: ...
 
 
+class _Pass:
+    """What one reading of the source has shown. The thread that reads writes to it, also after it was left behind: each
+    reading has its own.
+    """
+
+    def __init__(self, image: ImageInfo, request: Request, tell: Tell) -> None:
+        self.inspector = StreamInspector(image.disk_format, image_id=image.image_id)
+        self.total = 0
+        self._image = image
+        self._request = request
+        self._tell = tell
+        self._judged = False
+        self._told = 0
+
+    def look(self, part: memoryview) -> None:
+        """Judge the bytes as they come; in the reading thread, so that a bad image is refused at once."""
+        image_id = self._image.image_id
+        self.inspector.feed(part)
+        self.total += len(part)
+        announced = self._image.size
+        if announced is not None and self.total > announced:
+            raise ImageCorruptError(f"{announced} bytes", f"at least {self.total}", image_id=image_id)
+        if not self._judged and self.inspector.virtual_size is not None:
+            judge_size(self.inspector.virtual_size, image_id, self._request)
+            self._judged = True
+        if announced is None and self.inspector.disk_format == "raw":
+            judge_size(round_up(self.total), image_id, self._request)
+        if self.total - self._told >= MIB:
+            self._told = self.total
+            self._tell("fetch", self.total, announced)
+
+
 class Ingest:
     """One image on its way into one writer."""
 
@@ -53,12 +85,7 @@ class Ingest:
         self._tell = tell
         # where nothing is known, the bytes as they came are written down all the same
         self._algorithms = {d.algorithm for d in (image.digest, request.expect) if d is not None} or {_OWN_DIGEST}
-        self._begin()
-
-    def _begin(self) -> None:
-        self._inspector = StreamInspector(self._image.disk_format, image_id=self._image.image_id)
-        self._judged = False
-        self._total = self._told = 0
+        self._pass = _Pass(image, request, tell)
 
     def run(self, writer: BaseWriter, scratch: Path, now: float) -> BaseRecord:
         """The record of the base whose bytes are in ``writer`` now, not synced yet. ``scratch`` is an empty directory.
@@ -67,11 +94,11 @@ class Ingest:
             ImageRejectedError, ImageCorruptError, DiskTooSmallError, NoSpaceError, SourceError, BackendError,
             CancelledError, DeadlineError.
         """
-        if self._inspector.disk_format == self._request.base_format:
+        if self._pass.inspector.disk_format == self._request.base_format:
             self._store(writer.write_at)
-            length = self._total
+            length = self._pass.total
             writer.set_size(length)
-            virtual_size, made_by = self._inspector.virtual_size or round_up(length), "stored"
+            virtual_size, made_by = self._pass.inspector.virtual_size or round_up(length), "stored"
         else:
             made_by = self._make_raw(writer, scratch)
             virtual_size = length = self._size
@@ -82,7 +109,7 @@ class Ingest:
             virtual_size=virtual_size,
             size=length,
             source_format=self._image.disk_format,
-            source_size=self._total,
+            source_size=self._pass.total,
             source_digest=digest,
             evidence=evidence,
             made_by=made_by,
@@ -98,26 +125,9 @@ class Ingest:
             self._source,
             self._image,
             algorithms=self._algorithms,
-            look=self._look,
+            look=self._pass.look,
             check=lambda: self._watch.check("fetch"),
         )
-
-    def _look(self, part: memoryview) -> None:
-        """Judge the bytes as they come; in the reading thread, so that a bad image is refused at once."""
-        image_id = self._image.image_id
-        self._inspector.feed(part)
-        self._total += len(part)
-        announced = self._image.size
-        if announced is not None and self._total > announced:
-            raise ImageCorruptError(f"{announced} bytes", f"at least {self._total}", image_id=image_id)
-        if not self._judged and self._inspector.virtual_size is not None:
-            judge_size(self._inspector.virtual_size, image_id, self._request)
-            self._judged = True
-        if announced is None and self._inspector.disk_format == "raw":
-            judge_size(round_up(self._total), image_id, self._request)
-        if self._total - self._told >= MIB:
-            self._told = self._total
-            self._tell("fetch", self._total, announced)
 
     def _store(self, write_at: Callable[[int, memoryview], None]) -> None:
         """Write the whole stream as it comes, holes for zeros."""
@@ -137,20 +147,20 @@ class Ingest:
 
     def _verify(self, stream: Stream) -> None:
         image_id = self._image.image_id
-        if self._total == 0:
+        if self._pass.total == 0:
             raise ImageRejectedError("it has no data", image_id=image_id, stage="verification")
-        if self._image.size is not None and self._total != self._image.size:
-            raise ImageCorruptError(f"{self._image.size} bytes", f"{self._total} bytes", image_id=image_id)
+        if self._image.size is not None and self._pass.total != self._image.size:
+            raise ImageCorruptError(f"{self._image.size} bytes", f"{self._pass.total} bytes", image_id=image_id)
         self._digests = {algorithm: stream.digest(algorithm) for algorithm in self._algorithms}
         for wanted in (self._request.expect, self._image.digest):
             if wanted is not None:
                 actual = Digest(wanted.algorithm, self._digests[wanted.algorithm])
                 if actual != wanted:
                     raise ImageCorruptError(wanted, actual, image_id=image_id)
-        self._inspector.finish()
-        if self._inspector.virtual_size is not None:
-            judge_size(self._inspector.virtual_size, image_id, self._request)
-        self._tell("fetch", self._total, self._image.size)
+        self._pass.inspector.finish()
+        if self._pass.inspector.virtual_size is not None:
+            judge_size(self._pass.inspector.virtual_size, image_id, self._request)
+        self._tell("fetch", self._pass.total, self._image.size)
 
     def _evidence(self) -> tuple[Digest, Evidence]:
         if self._request.expect is not None:
@@ -163,7 +173,7 @@ class Ingest:
 
     def _make_raw(self, writer: BaseWriter, scratch: Path) -> str:
         """Unpack the image into the writer as raw bytes; by which way, and why not by the short one."""
-        if self._inspector.disk_format != "qcow2":
+        if self._pass.inspector.disk_format != "qcow2":
             with self._stream() as stream:
                 self._download_and_convert(stream, stream, scratch, writer)
             return _CONVERTED
@@ -175,7 +185,7 @@ class Ingest:
             refusal = str(err)
         writer.sync()  # no write of the first try may come after what follows
         writer.set_size(0)
-        self._begin()
+        self._pass = _Pass(self._image, self._request, self._tell)
         with self._stream() as stream:
             self._download_and_convert(stream, stream, scratch, writer)
         return f"{_CONVERTED}: {refusal}"
@@ -224,7 +234,7 @@ class Ingest:
         try:
             self._write_pieces(pieces, lambda offset, data: _fs.write(fd, offset, data))
             self._verify(stream)
-            _fs.truncate(fd, self._total)
+            _fs.truncate(fd, self._pass.total)
         finally:
             os.close(fd)
         self._size = self._convert(download, scratch / "converted", writer)
@@ -232,7 +242,7 @@ class Ingest:
     def _convert(self, download: Path, converted: Path, writer: BaseWriter) -> int:
         """Unpack the download into the writer as raw bytes; the virtual size."""
         image_id = self._image.image_id
-        announced = self._inspector.virtual_size or 0
+        announced = self._pass.inspector.virtual_size or 0
         target = writer.path or converted
         try:
             # what it unpacks to is known before it is unpacked; QEMU counts a little metadata in

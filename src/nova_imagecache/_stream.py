@@ -47,7 +47,7 @@ class Stream:
     A piece is the caller's until it asks for the next one. ``look`` is called in the reading thread with all bytes, as
     they come, at most 1 MiB at a time; what it raises ends the stream. ``check`` is called before every piece and ten
     times a second while none comes; what it raises ends the waiting: a thread that hangs in its source is left behind,
-    and ends with the source's own read time-out.
+    and ends with the source's own read time-out. After the context nothing is looked at any more.
     """
 
     def __init__(
@@ -125,6 +125,8 @@ class Stream:
         buffer, length = self._buffer(), 0
         with self._source.open(self._image) as chunks:
             for part in _parts(chunks):
+                if self._stop.is_set():
+                    return
                 self._look(part)
                 rest = part
                 while rest and buffer is not None:
@@ -142,10 +144,10 @@ class Stream:
 
     def _buffer(self) -> bytearray | None:
         """An empty buffer, None: nobody wants any more."""
-        if self._made < _RING and self._empty.empty():
-            self._made += 1
-            return bytearray(PIECE)
         while not self._stop.is_set():
+            if self._made < _RING and self._empty.empty():
+                self._made += 1
+                return bytearray(PIECE)
             try:
                 return self._empty.get(timeout=_POLL)
             except queue.Empty:

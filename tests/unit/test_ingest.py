@@ -350,6 +350,40 @@ def test_a_surprise_in_the_middle_costs_a_second_fetch(bench: Bench, path: bool)
     assert bench.source.opens == 2
 
 
+@pytest.mark.slow
+def test_the_second_fetch_is_judged_by_its_own_bytes(bench: Bench) -> None:
+    """From a source that pauses just when the first fetch is left, whose reader wakes in the middle of the second."""
+    made = qcow2.make(qcow2.Layout(cluster_bits=16, kinds=("plain",) * 24 * 16))
+    file = bytearray(made.file)
+    l2 = made.tables[2][0]
+    file[l2 + 8 : l2 + 16] = file[l2 : l2 + 8]  # refused in the first piece
+    woken, second = threading.Event(), threading.Event()
+
+    class Pausing(FakeSource):
+        @contextmanager
+        def open(self, image: ImageInfo, offset: int = 0) -> Iterator[Iterator[bytes]]:
+            with super().open(image, offset) as chunks:
+                yield first(chunks) if self.opens == 1 else later(chunks)
+
+    def first(chunks: Iterator[bytes]) -> Iterator[bytes]:
+        for number, chunk in enumerate(chunks):
+            if number == 6:
+                second.wait(10)
+            yield chunk
+            if number == 6:
+                woken.set()
+
+    def later(chunks: Iterator[bytes]) -> Iterator[bytes]:
+        second.set()
+        woken.wait(1)
+        yield from chunks
+
+    bench.source = Pausing(chunk_size=MIB)
+    record = bench.run(FakeImage(data=bytes(file), disk_format="qcow2"))
+    assert record.made_by == "qemu-img convert: a data cluster where something else lies"
+    assert bench.source.opens == 2
+
+
 def test_a_damaged_compressed_cluster_is_a_rejected_image(bench: Bench) -> None:
     """The decoder is surprised, qemu-img is asked, and its verdict is the error."""
     made = qcow2.make(qcow2.Layout(cluster_bits=16, kinds=("packed",) * 40))

@@ -101,6 +101,33 @@ def test_leaving_early_ends_the_threads() -> None:
         until(lambda: set(threading.enumerate()) <= before, "the threads to end")
 
 
+def test_nothing_is_looked_at_once_the_stream_was_left() -> None:
+    """A reader that waits in its source then ends with the next bytes: what it would look at may belong to another."""
+    release = threading.Event()
+    seen: list[int] = []
+
+    class Pausing(FakeSource):
+        @contextmanager
+        def open(self, image: ImageInfo, offset: int = 0) -> Iterator[Iterator[bytes]]:
+            def chunks() -> Iterator[bytes]:
+                yield DATA[:PIECE]
+                release.wait(30)
+                yield from (DATA[PIECE : 2 * PIECE], DATA[2 * PIECE :])
+
+            yield chunks()
+
+    pausing = Pausing()
+    pausing.add("img", FakeImage(data=DATA))
+    before = set(threading.enumerate())
+    try:
+        with stream(pausing, look=lambda part: seen.append(len(part))) as pieces:
+            next(iter(pieces))
+    finally:
+        release.set()
+    until(lambda: set(threading.enumerate()) <= before, "the threads to end")
+    assert sum(seen) == PIECE
+
+
 def test_waiting_is_checked_while_nothing_comes() -> None:
     """A deadline or a cancel is seen although the source hangs."""
     release = threading.Event()
