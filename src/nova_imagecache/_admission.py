@@ -18,7 +18,8 @@ class Request:
     """What is asked of one fetch.
 
     ``base_format`` is what the base shall be; ``disk_size`` the size of the disk it is fetched for (None: any);
-    ``expect`` the digest the caller knows; ``admit(bytes, stage)`` raises NoSpaceError when so much does not fit.
+    ``expect`` the digest the caller knows; ``admit(bytes, stage)`` raises NoSpaceError when so much does not fit;
+    ``admit_free(bytes, stage)`` makes no room, and says whether so much is promised.
     """
 
     base_format: str
@@ -27,6 +28,7 @@ class Request:
     expect: Digest | None
     allow_unverified: bool
     admit: Callable[[int, str], None]
+    admit_free: Callable[[int, str], bool]
 
 
 def base_format(disk_format: str, wanted: str | None, possible: Iterable[str]) -> str:

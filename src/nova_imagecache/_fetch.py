@@ -203,6 +203,9 @@ class Fetcher:
         def admit(needed: int, stage: str) -> None:
             self.keeper.reserve(image.image_id, scratch, needed, stage, lambda: watch.check("making room"))
 
+        def admit_free(needed: int, stage: str) -> bool:
+            return self.keeper.reserve_free(image.image_id, scratch, needed, stage)
+
         formats = self.backend.properties.base_formats
         return _admission.Request(
             base_format=_admission.base_format(image.disk_format, self.backend.wanted_base_format, formats),
@@ -211,6 +214,7 @@ class Fetcher:
             expect=expect,
             allow_unverified=self.config.allow_unverified,
             admit=admit,
+            admit_free=admit_free,
         )
 
     def _replaced(self, image_id: str) -> BaseImage | None:

@@ -209,6 +209,7 @@ class Ingest:
                     placer,
                     spool,
                     admit=lambda needed: self._request.admit(needed, "conversion"),
+                    admit_free=lambda needed: self._request.admit_free(needed, "conversion"),
                     check=lambda: self._watch.check("fetch"),
                 )
             except (SurpriseError, _qcow2.Qcow2Error) as err:

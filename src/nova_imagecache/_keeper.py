@@ -85,6 +85,10 @@ class Keeper:
                 stage=stage,
             ) from refusal
 
+    def reserve_free(self, image_id: str, entry: Path, needed: int, stage: str) -> bool:
+        """Promise ``needed`` more bytes as ``reserve`` does, where they are free already; whether."""
+        return self._try(image_id, entry, needed, stage) is None
+
     def release(self, entry: Path) -> None:
         """Take a fetch's promise back: all it will take is written."""
         _fs.unlink(entry / _NAME)

@@ -29,6 +29,9 @@ _PART = 4 * MIB
 
 _MOST_THREADS = 4
 
+_STEP = 64 * MIB
+"""How far the promised space grows at a time: asking for it takes as long as placing some clusters."""
+
 
 class Placer:
     """Takes bytes of the guest to a writer. ``placed`` counts them, zeros included."""
@@ -107,8 +110,9 @@ class Qcow2Placer:
     """A qcow2 file on its way into a writer as raw bytes; use it as a context manager.
 
     ``spool`` takes bytes of the file whose meaning is not known yet. ``admit(bytes)`` is asked before more is placed
-    than the file is long: its tables tell what it unpacks to before it is unpacked. ``check()`` is asked all the time;
-    what it raises ends the work. Compressed clusters are unpacked and placed by threads, in any order.
+    and kept than the file is long: its tables tell what it unpacks to before it is unpacked. ``admit_free(bytes)`` says
+    whether so much is free and promised now, so that ``admit`` is asked only where little is left. ``check()`` is asked
+    all the time; what it raises ends the work. Compressed clusters are unpacked and placed by threads, in any order.
 
     Raises:
         SurpriseError: the header tells that this file cannot be decoded here.
@@ -122,6 +126,7 @@ class Qcow2Placer:
         spool: Spool,
         *,
         admit: Callable[[int], None],
+        admit_free: Callable[[int], bool],
         check: Callable[[], None],
     ) -> None:
         if file_size is None:
@@ -130,8 +135,11 @@ class Qcow2Placer:
         self._placer = placer
         self._spool = spool
         self._admit = admit
+        self._admit_free = admit_free
         self._check = check
-        self._admitted = file_size
+        self._file_size = self._admitted = file_size
+        self._kept = 0  # bytes in the spool, which stand there beside those that are placed
+        self._step = _STEP
         self._size = header.virtual_size
         self._cluster = header.cluster_size
         try:
@@ -159,11 +167,12 @@ class Qcow2Placer:
         """
         for found in self._decoder.feed(piece):
             self._check()
-            if self._decoder.planned > self._admitted:
-                self._admitted = self._decoder.planned
-                self._admit(self._admitted - self._placer.placed)
+            more = len(found.data) if isinstance(found, Keep) else 0
+            if self._decoder.planned + self._kept + more > self._admitted:
+                self._grow(self._decoder.planned, self._kept + more)
             if isinstance(found, Keep):
                 self._spool.keep(found.offset, found.data)
+                self._kept += more
             elif isinstance(found, Plain) and not self._batch and not self._batches:
                 self._placer.put(found.guest, found.data)
             elif isinstance(found, Plain):
@@ -171,6 +180,27 @@ class Qcow2Placer:
                 self._queue(Plain(found.guest, memoryview(bytes(found.data))))
             else:
                 self._queue(found)
+
+    def _grow(self, planned: int, kept: int) -> None:
+        """Have so many bytes promised, with those that stand there; in long steps, and to the byte where none fits.
+
+        Raises:
+            NoSpaceError: as ``admit``.
+        """
+        total, standing = planned + kept, self._placer.placed + self._kept
+        # the guest's bytes, and what may be kept of the file: a step more than is
+        guest = -(-self._size // self._cluster) * self._cluster
+        most = guest + min((kept // _STEP + 1) * _STEP, self._file_size)
+        while self._step >= self._cluster and total < most:
+            ahead = min(total + self._step, most)
+            if self._admit_free(ahead - standing):
+                self._admitted = ahead
+                self._step = min(2 * self._step, _STEP)
+                return
+            self._step //= 2
+        self._admit(total - standing)
+        self._admitted = total
+        self._step = max(self._step, self._cluster)
 
     def finish(self) -> None:
         """The file has ended; all is placed when this returns.

@@ -147,6 +147,15 @@ def test_a_second_reservation_adds_to_what_was_written(rig: Rig, held: Held) -> 
     engine.keeper.reserve("img-1", held.entry(engine, "img-1"), MIB - TIGHT, "admission")
 
 
+def test_what_is_only_ahead_makes_no_room(rig: Rig, held: Held) -> None:
+    """It is promised where it is free; where it is not, nothing is promised."""
+    engine = _engine(rig, max_bytes=3 * MIB)
+    entry = held.entry(engine, "img-0")
+    assert engine.keeper.reserve_free("img-0", entry, 2 * MIB, "conversion")
+    assert not engine.keeper.reserve_free("img-1", held.entry(engine, "img-1"), 2 * MIB, "conversion")
+    engine.keeper.reserve("img-2", held.entry(engine, "img-2"), MIB, "admission")
+
+
 def test_a_damaged_reservation_stops_nobody(rig: Rig, held: Held) -> None:
     """Rubbish in a live fetch's entry counts as what it takes."""
     engine = _engine(rig, max_bytes=2 * MIB)
