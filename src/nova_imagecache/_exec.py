@@ -19,11 +19,16 @@ SEAMS = ("run",)
 
 _POLL = 0.05
 _STDERR_LIMIT = 16 * 1024
+_GRACE = 5
+"""Seconds between SIGXCPU, which says why a child ended, and SIGKILL, which the kernel sends at the hard limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a child may use: ``cpu`` seconds, ``memory`` (address space) and ``file_size`` in bytes; None: no limit."""
+    """What a child may use: ``cpu`` seconds, ``memory`` (address space) and ``file_size`` in bytes; None: no limit.
+
+    Never more than this process may give: its own hard limits hold where they are lower.
+    """
 
     cpu: int | None = None
     memory: int | None = None
@@ -99,8 +104,16 @@ def _communicate(
 def _limited(limits: Limits | None) -> list[str]:
     if limits is None:
         return []
+    import resource
+
     flags = ["--core=0"]
-    for flag, value in (("cpu", limits.cpu), ("as", limits.memory), ("fsize", limits.file_size)):
+    for flag, kind, value, grace in (
+        ("cpu", resource.RLIMIT_CPU, limits.cpu, _GRACE),
+        ("as", resource.RLIMIT_AS, limits.memory, 0),
+        ("fsize", resource.RLIMIT_FSIZE, limits.file_size, 0),
+    ):
         if value is not None:
-            flags.append(f"--{flag}={value}")
+            hard = resource.getrlimit(kind)[1]
+            soft, most = (x if hard == resource.RLIM_INFINITY else min(x, hard) for x in (value, value + grace))
+            flags.append(f"--{flag}={soft}:{most}")
     return ["prlimit", *flags, "setpriv", "--pdeathsig", "KILL"]

@@ -19,11 +19,12 @@ from nova_imagecache._stream import MIB, Stream
 from nova_imagecache.exceptions import CommandError, ImageCorruptError, ImageRejectedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from nova_imagecache._admission import Request
     from nova_imagecache._guard import GuardedSource
+    from nova_imagecache._models import Extent
     from nova_imagecache._watch import Watch
     from nova_imagecache.backends import BaseWriter
 
@@ -222,7 +223,7 @@ class Ingest:
         self._verify(stream)
         self._size = header.virtual_size
         writer.set_size(self._size)
-        sums = placer.sums()
+        sums = placer.sums(check=lambda: self._watch.check("checksums"))
         if sums is not None:
             writer.write_sums(sums)
         return _DECODED
@@ -247,7 +248,7 @@ class Ingest:
         target = writer.path or converted
         try:
             # what it unpacks to is known before it is unpacked; QEMU counts a little metadata in
-            data = min(_qemu.measure(download, self._image.disk_format), announced)
+            data = min(self._measure(download), announced)
             self._request.admit(data, "conversion")
             _qemu.convert(
                 download,
@@ -266,13 +267,20 @@ class Ingest:
         judge_size(virtual_size, image_id, self._request)
         writer.set_size(virtual_size)
         if writer.path is None:
-            for extent in _extents.read_extents(converted):
-                self._watch.check("convert")
+            for extent in self._checked(_extents.read_extents(converted)):
                 for offset, run in _extents.nonzero_runs(extent.data):
                     writer.write_at(extent.offset + offset, run)
-        writer.write_sums(_sums.of_extents(_extents.read_extents(target), virtual_size))
+        writer.write_sums(_sums.of_extents(self._checked(_extents.read_extents(target)), virtual_size))
         self._tell("convert", data, data)
         return virtual_size
+
+    def _measure(self, download: Path) -> int:
+        return _qemu.measure(download, self._image.disk_format, checkpoint=lambda: self._watch.check("measure"))
+
+    def _checked(self, extents: Iterable[Extent]) -> Iterator[Extent]:
+        for extent in extents:
+            self._watch.check("convert")
+            yield extent
 
     def _converting(self, target: Path, data: int) -> None:
         self._watch.check("convert")
@@ -281,5 +289,10 @@ class Ingest:
 
 
 def _is_verdict(err: CommandError) -> bool:
-    """Whether qemu-img's end says something of the image: its own words, or a limit that the image drove it over."""
-    return err.returncode is not None and (err.returncode > 0 or -err.returncode in {signal.SIGXCPU, signal.SIGXFSZ})
+    """Whether qemu-img's end says something of the image: its own words, or a limit that the image drove it over.
+
+    Its code is 1. What starts it ends with others, the loader with 127 and words that look like qemu-img's.
+    """
+    if err.returncode == 1:
+        return any(line.startswith("qemu-img: ") for line in err.stderr.splitlines())
+    return err.returncode is not None and -err.returncode in {signal.SIGXCPU, signal.SIGXFSZ}

@@ -49,19 +49,23 @@ class Placer:
             self._sums.add(offset, data)
             self.placed += len(data)
 
-    def sums(self) -> memoryview | None:
-        """The checksums of all MiBs; those whose bytes came out of order are read back. None: they cannot be."""
+    def sums(self, *, check: Callable[[], None]) -> memoryview | None:
+        """The checksums of all MiBs; those whose bytes came out of order are read back. None: they cannot be.
+
+        ``check`` is called for each of those; what it raises ends the reading.
+        """
         missing = list(self._sums.missing())
         if missing:
             from concurrent.futures import ThreadPoolExecutor
 
             with ThreadPoolExecutor(_MOST_THREADS, "read-back") as pool:
-                if not all(pool.map(self._read_back, missing)):
+                if not all(pool.map(lambda piece: self._read_back(piece, check), missing)):
                     return None
         return self._sums.digest()
 
-    def _read_back(self, piece: tuple[int, int]) -> bool:
+    def _read_back(self, piece: tuple[int, int], check: Callable[[], None]) -> bool:
         """Sum one MiB as it was written; whether the writer can read."""
+        check()
         offset, length = piece
         data = self._writer.read_at(offset, length)
         if data is None:

@@ -21,6 +21,11 @@ _QUICK = 60.0
 _MEMORY = 4 << 30
 """Address space. Debian's qemu-img maps about 1 GiB of libraries when its rbd driver is installed."""
 
+_PATIENCE = 2.0
+"""Seconds that may pass for each of processor time: an image that is too much work meets that limit first, which says
+something of the image; storage that hangs does not.
+"""
+
 _SLACK = 64 << 20
 _SLOWEST = 4 << 20
 """Bytes a second below which a conversion is taken to hang: a tenth of what one core inflates."""
@@ -29,10 +34,17 @@ FORMATS = {"raw": "raw", "qcow2": "qcow2", "vmdk": "vmdk", "vhd": "vpc", "vhdx":
 """The image service's format names, and qemu's."""
 
 
-def measure(path: Path, image_format: str) -> int:
-    """The bytes of data that an image unpacks to (zeros and holes not counted; a few MiB of metadata are)."""
+def measure(path: Path, image_format: str, *, checkpoint: Callable[[], None] | None = None) -> int:
+    """The bytes of data that an image unpacks to (zeros and holes not counted; a few MiB of metadata are).
+
+    Raises:
+        CommandError: as ``convert``.
+    """
     argv = ["measure", "--output=json", "-f", FORMATS[image_format], "-O", "qcow2", str(path)]
-    answer = json.loads(_run(argv, stage="measure", timeout=_QUICK * 5, limits=_limits(cpu=300)))
+    seconds = 300
+    limits = _limits(cpu=seconds)
+    out = _run(argv, stage="measure", timeout=seconds * _PATIENCE, limits=limits, checkpoint=checkpoint)
+    answer = json.loads(out)
     return int(answer["required"])
 
 
@@ -49,7 +61,7 @@ def convert(
     # -W: clusters arrive in the source's order, the target is a sparse file that does not care
     argv = ["convert", "-W", "-t", "writeback", "-f", FORMATS[image_format], "-O", "raw", str(source), str(target)]
     limits = _limits(cpu=seconds, file_size=virtual_size + _SLACK)
-    _run(argv, stage="convert", timeout=seconds, limits=limits, checkpoint=checkpoint)
+    _run(argv, stage="convert", timeout=seconds * _PATIENCE, limits=limits, checkpoint=checkpoint)
 
 
 def create_overlay(path: Path, *, backing: str, backing_format: str, cluster_size: int | None, size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -11,12 +12,13 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness import qcow2
 from harness.images import bomb
-from nova_imagecache import _fs, _sums
+from nova_imagecache import _exec, _fs, _sums
 from nova_imagecache._admission import Request, admit_metadata, base_format
 from nova_imagecache._guard import GuardedSource
 from nova_imagecache._ingest import Ingest
@@ -29,6 +31,7 @@ from nova_imagecache.backends._writer import FileWriter
 from nova_imagecache.backends.file import FileBackend
 from nova_imagecache.exceptions import (
     CancelledError,
+    CommandError,
     DeadlineError,
     DiskTooSmallError,
     ImageCorruptError,
@@ -680,6 +683,68 @@ def test_what_qemu_img_cannot_convert_is_a_rejected_image(bench: Bench) -> None:
     with pytest.raises(ImageRejectedError, match="qemu-img cannot convert it") as caught:
         bench.run(FakeImage(data=data, disk_format="qcow2"))
     assert caught.value.image_id == "img"
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "verdict"),
+    [
+        (1, "qemu-img: Could not open: Image is corrupt\n", True),
+        (1, "warning: a library\nqemu-img: Image is corrupt\n", True),
+        (1, "prlimit: failed to set the AS resource limit: Operation not permitted\n", False),
+        (127, "qemu-img: error while loading shared libraries: libx.so\n", False),
+        (-9, "", False),
+        (-signal.SIGXCPU, "", True),
+        (-signal.SIGXFSZ, "", True),
+        (None, "no end after 600 s", False),
+    ],
+)
+def test_only_qemu_img_itself_says_something_of_the_image(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, code: int | None, words: str, verdict: bool
+) -> None:
+    """What starts it may fail as well, and that is the host's fault."""
+
+    def run(argv: list[str], **_how: object) -> str:
+        raise CommandError(argv, code, words)
+
+    data = images.converted(bench.path, "vmdk")
+    monkeypatch.setattr(_exec, "run", run)
+    with pytest.raises(ImageRejectedError if verdict else CommandError):
+        bench.run(FakeImage(data=data, disk_format="vmdk"))
+
+
+def test_measuring_ends_with_a_cancel(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file can take qemu-img minutes to measure."""
+    cancel = threading.Event()
+    bench.watch = Watch("img", cancel=cancel)
+    true_run = _exec.run
+
+    def run(argv: list[str], *, checkpoint: Callable[[], None], **how: Any) -> str:
+        cancel.set()
+        return true_run(["sleep", "60"], checkpoint=checkpoint, **how)
+
+    data = images.converted(bench.path, "vmdk")
+    monkeypatch.setattr(_exec, "run", run)
+    with pytest.raises(CancelledError):
+        bench.run(FakeImage(data=data, disk_format="vmdk"))
+
+
+def test_reading_back_for_checksums_ends_with_a_cancel(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the next MiB."""
+    cancel = threading.Event()
+    bench.watch = Watch("img", cancel=cancel)
+    read: list[int] = []
+    true_read = FileWriter.read_at
+
+    def read_at(self: FileWriter, offset: int, length: int) -> bytes:
+        read.append(offset)
+        cancel.set()
+        return true_read(self, offset, length)
+
+    monkeypatch.setattr(FileWriter, "read_at", read_at)
+    made = qcow2.make(qcow2.Layout(cluster_bits=16, kinds=("plain",) * (24 * 16), seed=7))
+    with pytest.raises(CancelledError):
+        bench.run(FakeImage(data=made.file, disk_format="qcow2"))
+    assert len(read) <= 4
 
 
 def test_a_full_disk_is_not_laid_at_the_images_door(bench: Bench) -> None:
