@@ -15,12 +15,14 @@ from __future__ import annotations
 import logging
 import re
 import struct
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _qcow2
 from nova_imagecache.exceptions import ImageRejectedError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from oslo_utils.imageutils import format_inspector
@@ -51,6 +53,11 @@ RAW_FORMATS = frozenset({"raw", "iso", *_AMI_FAMILY})
 """Declared formats whose bytes are the disk's bytes."""
 
 _VMDK_EXTENT = re.compile(r'(?:rw|rdonly|noaccess) \d+ sparse "[^/\\:"]*"')
+
+_VHD_BY_SIZE = frozenset({b"win ", b"qem2", b"d2v ", b"CTXS", b"tap\0", b"wa\0\0"})
+"""Makers of VHDs whose size is the one that is written, and not their geometry's."""
+
+_VHD_MOST_SECTORS = 65535 * 16 * 255
 
 _log = logging.getLogger(__name__)
 
@@ -122,19 +129,26 @@ class StreamInspector:
         if not self.done and self._pending:
             self._look(bytes(self._pending))
         if not self.done:
-            self._wrapper.close()
-            self._judge(ended=True)
+            with self._damage_refused():
+                self._wrapper.close()
+                self._judge(ended=True)
 
     def _look(self, block: bytes) -> None:
-        from oslo_utils.imageutils import format_inspector
-
         self._feed.chunk = block
         self._seen += len(block)
-        try:
+        with self._damage_refused():
             self._wrapper.read(len(block))
+            self._judge(ended=False)
+
+    @contextmanager
+    def _damage_refused(self) -> Iterator[None]:
+        """Refuse the image where a parser stumbles over it, whatever it is asked for."""
+        from oslo_utils.imageutils import format_inspector
+
+        try:
+            yield
         except (format_inspector.ImageFormatError, ValueError, ArithmeticError, LookupError, struct.error) as err:
             raise self._refuse(f"it is not the {self.declared} image it claims to be ({err})") from err
-        self._judge(ended=False)
 
     def _refuse(self, reason: str) -> ImageRejectedError:
         return ImageRejectedError(reason, image_id=self._image_id)
@@ -154,7 +168,7 @@ class StreamInspector:
                 self._check_safety(inspector)
             self._check_more(inspector)
             if self.disk_format != "raw":
-                self.virtual_size = self._sane_size(inspector.virtual_size)
+                self.virtual_size = self._sane_size(_virtual_size(inspector))
         self.decided = self.done = True
         _log.debug("image %s: found %s after %d bytes%s", self._image_id, names, self._seen, " (end)" if ended else "")
 
@@ -203,6 +217,25 @@ class StreamInspector:
             reason = None if kind == 3 else f"VHD type {kind}, where only dynamic disks (3) stand alone"
         if reason is not None:
             raise self._refuse(reason)
+
+
+def _virtual_size(inspector: format_inspector.FileInspector) -> int:
+    """What QEMU takes for the size of the disk."""
+    from oslo_utils.imageutils import format_inspector
+
+    if isinstance(inspector, format_inspector.VHDInspector):
+        return _vhd_size(bytes(inspector.region("header").data))
+    return inspector.virtual_size
+
+
+def _vhd_size(footer: bytes) -> int:
+    """The current size, which is another than the original one after the disk was resized; of makers that count in
+    cylinders, heads and sectors their product, unless it is the largest there is (QEMU's block/vpc.c)."""
+    current, cylinders, heads, sectors = struct.unpack_from(">QHBB", footer, 48)
+    geometry = cylinders * heads * sectors
+    if footer[28:32] in _VHD_BY_SIZE or geometry == _VHD_MOST_SECTORS:
+        return int(current) // 512 * 512
+    return int(geometry) * 512
 
 
 def _qcow2_problem(header: bytes) -> str | None:

@@ -391,6 +391,31 @@ def test_a_vmdk_whose_footer_has_another_capacity_is_refused(made: dict[str, byt
     refused("vmdk", images.patched(made["vmdk with footer"], -1024 + 12, struct.pack("<Q", 1 << 40)))
 
 
+@pytest.mark.parametrize("creator", [b"win ", b"qem2", b"d2v ", b"CTXS", b"tap\0", b"vpc ", b"qemu", b"vbox"])
+@pytest.mark.parametrize("largest", [False, True])
+def test_a_vhd_is_as_large_as_qemu_takes_it_for(tmp_path: Path, creator: bytes, largest: bool) -> None:
+    """Resized, its current size is another than its original one; some makers go by cylinders, heads and sectors."""
+    data = images.created(tmp_path, "vpc", "-o", "subformat=dynamic", size=300 * MIB)
+    geometry = struct.pack(">HBB", 65535, 16, 255) if largest else data[56:60]
+    for at in (0, len(data) - 512):
+        data = images.patched(data, at + 28, creator)
+        data = images.patched(data, at + 40, struct.pack(">QQ", 64 * MIB, 299 * MIB) + geometry)
+        footer = images.patched(data[at : at + 512], 64, bytes(4))
+        data = images.patched(data, at + 64, struct.pack(">I", ~sum(footer) & 0xFFFF_FFFF))
+    path = tmp_path / "patched"
+    path.write_bytes(data)
+    assert judge("vhd", data).virtual_size == images.info(path, "vpc")["virtual-size"]
+
+
+@pytest.mark.parametrize("length", [0, 16])
+def test_a_vhdx_whose_size_is_no_number_is_refused(made: dict[str, bytes], length: int) -> None:
+    """The metadata item says that it is of another length than a size has."""
+    data = made["vhdx"]
+    item = data.index(bytes.fromhex("2442a52f1bcd7648b2115dbed83bf4b8"))
+    reason, _fed = refused("vhdx", images.patched(data, item + 20, struct.pack("<I", length)))
+    assert "not the vhdx image" in reason
+
+
 def test_a_differencing_vhd_is_refused(made: dict[str, bytes]) -> None:
     """It reads from another file, as a qcow2 with a backing file does."""
     reason, fed = refused("vhd", images.patched(made["vhd dynamic"], 60, struct.pack(">I", 4)), STEP)
