@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +17,7 @@ from nova_imagecache._models import BaseRecord, Digest, Evidence, ImageInfo, rou
 from nova_imagecache._packed import SurpriseError
 from nova_imagecache._placing import Placer, Qcow2Placer, Spool, write_runs
 from nova_imagecache._stream import MIB, Stream
-from nova_imagecache.exceptions import CommandError, ImageCorruptError, ImageRejectedError
+from nova_imagecache.exceptions import BackendError, CommandError, ImageCorruptError, ImageRejectedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,9 @@ _DECODED = "qcow2 decoder"
 _CONVERTED = "qemu-img convert"
 _STEP = 64 * MIB
 """How far an image of unknown size may grow between two looks at the space that is left."""
+
+_ABSURD = 1 << 47
+"""A virtual size (128 TiB) from which on a lack of memory for its checksums is the image's fault."""
 
 _log = logging.getLogger(__name__)
 
@@ -203,7 +207,8 @@ class Ingest:
             try:
                 header = _qcow2.parse_header(first[: _qcow2.HEADER_BYTES])
                 judge_size(header.virtual_size, self._image.image_id, self._request)
-                placer = Placer(writer, header.virtual_size)
+                with self._storable(header.virtual_size):
+                    placer = Placer(writer, header.virtual_size)
                 decoding = Qcow2Placer(
                     header,
                     self._image.size,
@@ -216,13 +221,14 @@ class Ingest:
             except (SurpriseError, _qcow2.Qcow2Error) as err:
                 self._download_and_convert(stream, chain([first], pieces), scratch, writer)
                 return f"{_CONVERTED}: {err}"
-            with decoding:
+            with self._storable(header.virtual_size), decoding:
                 for piece in chain([first], pieces):
                     decoding.feed(piece)
                 decoding.finish()
         self._verify(stream)
         self._size = header.virtual_size
-        writer.set_size(self._size)
+        with self._storable(self._size):
+            writer.set_size(self._size)
         sums = placer.sums(check=lambda: self._watch.check("checksums"))
         if sums is not None:
             writer.write_sums(sums)
@@ -265,14 +271,31 @@ class Ingest:
         # the header of some formats (VHD) is rounded otherwise than what QEMU makes of it: the bytes decide
         virtual_size = target.stat().st_size
         judge_size(virtual_size, image_id, self._request)
-        writer.set_size(virtual_size)
+        with self._storable(virtual_size):
+            writer.set_size(virtual_size)
         if writer.path is None:
             for extent in self._checked(_extents.read_extents(converted)):
                 for offset, run in _extents.nonzero_runs(extent.data):
                     writer.write_at(extent.offset + offset, run)
-        writer.write_sums(_sums.of_extents(self._checked(_extents.read_extents(target)), virtual_size))
+        with self._storable(virtual_size):
+            sums = _sums.of_extents(self._checked(_extents.read_extents(target)), virtual_size)
+        writer.write_sums(sums)
         self._tell("convert", data, data)
         return virtual_size
+
+    @contextmanager
+    def _storable(self, virtual_size: int) -> Iterator[None]:
+        """Refuse an image whose virtual size, empty or not, is more than a file or its checksums can have here."""
+        try:
+            yield
+        except (OSError, BackendError) as err:
+            # a backend's error comes with the system's as its cause
+            cause = err if isinstance(err, OSError) else err.__cause__
+            number = cause.errno if isinstance(cause, OSError) else None
+            if number != errno.EFBIG and (number != errno.ENOMEM or virtual_size < _ABSURD):
+                raise
+            reason = f"its virtual size of {virtual_size} bytes is more than can be stored here ({os.strerror(number)})"
+            raise ImageRejectedError(reason, image_id=self._image.image_id) from err
 
     def _measure(self, download: Path) -> int:
         return _qemu.measure(download, self._image.disk_format, checkpoint=lambda: self._watch.check("measure"))

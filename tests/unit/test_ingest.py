@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import random
 import signal
 import subprocess
@@ -745,6 +747,38 @@ def test_reading_back_for_checksums_ends_with_a_cancel(bench: Bench, monkeypatch
     with pytest.raises(CancelledError):
         bench.run(FakeImage(data=made.file, disk_format="qcow2"))
     assert len(read) <= 4
+
+
+@pytest.mark.parametrize("size", ["17T", "8P"])
+def test_a_virtual_size_that_cannot_be_stored_refuses_the_image(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    """More than a file can have, or more checksums than memory: true for all who ask for it."""
+    path = bench.path / "huge"
+    images.qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", path, size)
+
+    def set_size(_writer: FileWriter, size: int) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    def no_memory(_size: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(FileWriter, "set_size", set_size)
+    if size == "8P":
+        monkeypatch.setattr(_sums, "Running", no_memory)
+    with pytest.raises(ImageRejectedError, match="its virtual size of"):
+        bench.run(FakeImage(data=path.read_bytes(), disk_format="qcow2"))
+
+
+def test_a_lack_of_memory_is_not_laid_at_a_small_images_door(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the host's."""
+
+    def no_memory(_size: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(_sums, "Running", no_memory)
+    with pytest.raises(OSError, match="memory"):
+        bench.run(FakeImage(data=images.converted(bench.path, "qcow2"), disk_format="qcow2"))
 
 
 def test_a_full_disk_is_not_laid_at_the_images_door(bench: Bench) -> None:
