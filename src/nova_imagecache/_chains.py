@@ -35,6 +35,7 @@ _NOWHERE = {
     errno.ELOOP: "symbolic links in a circle",
     errno.EINVAL: "an offset that no file has",
     errno.ENXIO: "a socket",
+    errno.ESPIPE: "a pipe",
 }
 """What a name may lead to that QEMU could not open either."""
 
@@ -102,6 +103,8 @@ def uses(path: Path | str, known: KnownBases) -> Iterator[tuple[str, bool]]:
     Raises:
         UsersUnknownError: the file, or one that it reads through, cannot be read, and nothing says what it uses.
     """
+    if _is_device(path):
+        return
     try:
         image_id = base_below(path, known)
     except OSError as err:
@@ -164,10 +167,19 @@ def _follow(top: str, known: KnownBases) -> tuple[str, str] | None:
         if (image_id := known.at(below)) is not None:
             return image_id, below  # a base reads through nothing
         seen.add(os.path.normpath(current))
-        if os.path.normpath(below) in seen:  # a chain that bites its tail opens nowhere
+        if os.path.normpath(below) in seen or _is_device(below):  # a chain that bites its tail opens nowhere
             return None
         current = below
     return None
+
+
+def _is_device(path: Path | str) -> bool:
+    """Whether it is neither a file nor a disk, and to open it might do things. A guest may write any name."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - names as text
+    except (OSError, ValueError):  # whoever opens it says why not
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISBLK(mode))
 
 
 def _is_raw(path: str) -> bool:
@@ -196,9 +208,8 @@ def _named(path: str, known: KnownBases | None) -> str | None:
         # without waiting: a header may name a pipe
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            mode = os.fstat(fd).st_mode
-            head = os.pread(fd, _HEAD, 0) if stat.S_ISREG(mode) or stat.S_ISBLK(mode) else b""
-            if head[:4] != _MAGIC:
+            head = os.pread(fd, _HEAD, 0)
+            if not head.startswith(_MAGIC):
                 return None
             named = _backing_name(fd, head)
         finally:

@@ -5,6 +5,7 @@ The hold is a flock on the directory itself: the kernel ends it with the process
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -76,18 +77,19 @@ class Held:
             self._fd = None
 
 
-def hold(path: Path, *, wait: bool) -> Held | None:
+def hold(path: Path, *, wait: bool, follow: bool = False) -> Held | None:
     """A hold on the directory; None if another holds it (``wait=False``) or it is not there.
 
-    Waits as ``patience`` says.
+    Waits as ``patience`` says. ``follow``: it may be a symbolic link to one, as an operator leaves where he moved it.
 
     Raises:
         LockTimeoutError: another holds it and makes no progress; it may be stopped.
     """
     waiting: _Waiting | None = None
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     while True:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(path, flags)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
@@ -152,6 +154,7 @@ def held(path: Path) -> Iterator[bool]:
 
     Raises:
         LockTimeoutError: another holds it and makes no progress.
+        NotADirectoryError: something else has its name.
     """
     made = False
     while True:
@@ -160,12 +163,19 @@ def held(path: Path) -> Iterator[bool]:
             _fs.make_dirs(path.parent, 0o755)
             with suppress(FileExistsError):  # somebody was first
                 _fs.mkdir(path, 0o755)
-        if (held_ := hold(path, wait=True)) is not None:
+        if (held_ := hold(path, wait=True, follow=True)) is not None:
             break
+        if os.path.lexists(path) and not path.is_dir():
+            raise no_directory(path)
     try:
         yield made
     finally:
         held_.release()
+
+
+def no_directory(path: Path) -> NotADirectoryError:
+    """What is said of a name that is taken by a file, or by a symbolic link that leads nowhere."""
+    return NotADirectoryError(errno.ENOTDIR, "it should be a directory, or lead to one", str(path))
 
 
 @contextmanager

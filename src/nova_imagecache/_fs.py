@@ -146,7 +146,8 @@ def rmdir(path: Path) -> bool:
     except FileNotFoundError:
         return True
     except OSError as err:
-        if err.errno in (errno.ENOTEMPTY, errno.EEXIST):  # somebody's files: not ours to remove
+        # somebody's files, or his symbolic link to elsewhere: not ours to remove
+        if err.errno in (errno.ENOTEMPTY, errno.EEXIST) or path.is_symlink():
             return False
         raise
     return True

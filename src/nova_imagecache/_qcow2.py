@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from io import FileIO
@@ -14,6 +13,8 @@ if TYPE_CHECKING:
 HEADER_BYTES = 112
 _MAGIC = b"QFI\xfb"
 _FIXED = struct.Struct(">4sIQIIQIIQ")
+_ADDED = struct.Struct(">Q20xI")
+"""Of version 3, at 72: the incompatible features, and the header's length."""
 _V2_BYTES = 72
 _V3_BYTES = 104
 _LONGEST_NAME = 1023
@@ -31,9 +32,8 @@ class Qcow2Error(ValueError):
     """The bytes are no qcow2 header that this parser takes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Qcow2Header:
-    """What a qcow2 file says of itself. Sizes and offsets in bytes.
+class Qcow2Header(NamedTuple):
+    """What a qcow2 file says of itself. Sizes and offsets in bytes. A pass reads thousands: it is a tuple.
 
     ``incompatible`` are the feature bits that a reader must know; ``compression`` is that of compressed clusters, None:
     one that is not known here. The L1 table has ``l1_entries`` entries at ``l1_offset``.
@@ -91,11 +91,13 @@ def parse_header(data: bytes | bytearray | memoryview) -> Qcow2Header:
     Raises:
         Qcow2Error: no qcow2, a version other than 2 and 3, or values outside the specification.
     """
-    if len(data) < _V2_BYTES or bytes(data[:4]) != _MAGIC:
+    if len(data) < _V2_BYTES:
         raise Qcow2Error("no qcow2 header")
-    _magic, version, backing_offset, backing_length, cluster_bits, size, crypt, l1_entries, l1_offset = (
+    magic, version, backing_offset, backing_length, cluster_bits, size, crypt, l1_entries, l1_offset = (
         _FIXED.unpack_from(data)
     )
+    if magic != _MAGIC:
+        raise Qcow2Error("no qcow2 header")
     if version not in (2, 3):
         raise Qcow2Error(f"qcow2 version {version}")
     if not 9 <= cluster_bits <= 21:
@@ -104,8 +106,7 @@ def parse_header(data: bytes | bytearray | memoryview) -> Qcow2Header:
     if version == 3:
         if len(data) < _V3_BYTES:
             raise Qcow2Error("short qcow2 header")
-        (incompatible,) = struct.unpack_from(">Q", data, 72)
-        (length,) = struct.unpack_from(">I", data, 100)
+        incompatible, length = _ADDED.unpack_from(data, _V2_BYTES)
         if length > _V3_BYTES and len(data) > _V3_BYTES:
             compression = data[_V3_BYTES]
     return Qcow2Header(

@@ -127,7 +127,8 @@ class _Look:
             directory = waiting.pop()
             try:
                 with os.scandir(directory) as entries:
-                    found = list(entries)
+                    # as they lie on the device, the first one last: it is popped first
+                    found = sorted(entries, key=os.DirEntry.inode, reverse=True)
             except (FileNotFoundError, NotADirectoryError) as err:  # removed while we looked; or never there
                 if directory == top:
                     self._doubts.append(f"{top} cannot be listed: {err.strerror}")

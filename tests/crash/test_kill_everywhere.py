@@ -142,8 +142,15 @@ def _lose_base(rig: Rig) -> None:
 
 def _cleanup(rig: Rig) -> None:
     with rig.cache() as cache:
+        cache.recover()  # as a service does when it starts: what was only retired has its name back
         report = cache.cleanup(cache.plan_cleanup(max_idle=0))
         assert not report.failed, report
+
+
+def _remove_base(rig: Rig) -> None:
+    with rig.cache() as cache:
+        cache.recover()
+        cache.remove_base("img")
 
 
 def _is_clean(rig: Rig, when: str) -> None:
@@ -257,7 +264,7 @@ OPERATIONS = {
     ),
     "cleanup": Operation(act=_cleanup, prepare=_make_two_bases, kinds=("link",), done=_is_clean),
     "remove-base": Operation(
-        act=lambda rig: rig.cache().remove_base("img"),
+        act=_remove_base,
         prepare=_ensure("img"),
         kinds=("link",),
         done=_is_clean,

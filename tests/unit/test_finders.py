@@ -286,6 +286,20 @@ def test_rubbish_in_a_header_stops_nothing(written: bytes, place: Place) -> None
         cache.remove_base("other")
 
 
+@pytest.mark.parametrize("form", ["{}", "file:{}", 'json:{{"driver": "raw", "file": {{"filename": "{}"}}}}'])
+def test_only_files_and_disks_are_opened(form: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest's header may name a device that does things when it is opened: /dev/watchdog restarts the host."""
+    fifo = place.disks.parent / "device"
+    os.mkfifo(fifo)
+    (place.disks / "disk").write_bytes(header(form.format(fifo).encode()))
+    opened: list[str] = []
+    really = os.open
+    monkeypatch.setattr(os, "open", lambda path, *args, **kwargs: (opened.append(str(path)), really(path, *args))[1])
+    assert place.found() == []
+    assert str(place.disks / "disk") in opened
+    assert str(fifo) not in opened
+
+
 # --- names that qemu knows and we must
 
 

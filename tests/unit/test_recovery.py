@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from conftest import InChild
 from harness import images, places
 from harness.images import MIB, qemu_img
 from harness.rig import Rig
+from harness.upkeep import names, open_cache
+from nova_imagecache import BackendError, BaseInUseError, BasePinnedError, ImageCache, ImageCacheError
+from nova_imagecache.finders import DiskDirectories
 from nova_imagecache.testing import FaultPlan
 
 SIZE = 4 * MIB
@@ -131,3 +135,113 @@ def test_whole_disks_are_not_held_for_a_look(rig: Rig) -> None:
     removed = cache.recover().removed
     assert {os.path.dirname(name) for name in removed} == {"disks/vm-1"}  # noqa: PTH120 - reason: of a name
     rig.check_tidy("recovered")
+
+
+# --- a base whose removal died between its two looks
+
+
+def _overlay(rig: Rig, base: Path) -> Path:
+    """A disk that only a finder can see, over the base."""
+    path = rig.dir / "foreign" / "vm" / "disk"
+    path.parent.mkdir(parents=True)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(path))
+    return path
+
+
+def _retire_and_die(rig: Rig, in_child: InChild, cache: ImageCache) -> None:
+    base = cache.ensure_base("img")
+
+    def retire() -> None:
+        rig.backend().retire_base(base)
+
+    in_child(retire)  # and the process ends
+    assert names(cache) == set()
+
+
+def test_a_base_that_was_pinned_meanwhile_comes_back(rig: Rig, in_child: InChild) -> None:
+    """Whoever looks a second time finds the pin; a sweep must not decide without."""
+    with rig.cache() as cache:
+        _retire_and_die(rig, in_child, cache)
+        cache.pin("img", "owner")
+        assert len(cache.recover().restored) == 1
+        assert names(cache) == {"img"}
+        with pytest.raises(BasePinnedError):
+            cache.remove_base("img")
+
+
+def test_a_base_that_only_a_finder_knows_a_user_of_comes_back(rig: Rig, in_child: InChild) -> None:
+    """So it is with users that the storage does not count."""
+    (rig.dir / "foreign").mkdir()
+    with open_cache(rig, user_finders=[DiskDirectories([rig.dir / "foreign"])]) as cache:
+        base = rig.root / "bases" / "img" / "disk"
+        cache.ensure_base("img")
+        (rig.dir / "foreign").rmdir()
+        disk = _overlay(rig, base)
+        _retire_and_die(rig, in_child, cache)
+        cache.cleanup(cache.plan_cleanup(max_idle=0))
+        assert names(cache) == {"img"}
+        qemu_img("check", "-q", str(disk))
+        with pytest.raises(BaseInUseError):
+            cache.remove_base("img")
+
+
+def test_a_base_that_nobody_uses_goes_with_the_next_pass(rig: Rig, in_child: InChild) -> None:
+    """Its removal was only put off."""
+    with rig.cache() as cache:
+        _retire_and_die(rig, in_child, cache)
+        cache.recover()
+        assert cache.cleanup(cache.plan_cleanup(max_idle=0)).removed == ("img",)
+        rig.check_tidy("removed after all")
+
+
+# --- what an operator put in the place of a disk's directory
+
+
+def _stuck(call: Callable[[], object]) -> ImageCacheError | None:
+    """What a call raises, within five seconds."""
+    raised: list[ImageCacheError] = []
+
+    def run() -> None:
+        try:
+            call()
+        except ImageCacheError as err:
+            raised.append(err)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive(), "it goes round and round"
+    return raised[0] if raised else None
+
+
+def test_a_directory_that_was_moved_and_linked_is_worked_in(rig: Rig) -> None:
+    """Made, resized, looked at and removed behind the symbolic link, as before it; the link itself stays."""
+    with rig.cache() as cache:
+        cache.create_root_disk("img", "vm", size=SIZE)
+        elsewhere = rig.dir / "elsewhere"
+        (rig.disks / "vm").rename(elsewhere)
+        (rig.disks / "vm").symlink_to(elsewhere)
+        assert cache.resize_root_disk("vm", size=2 * SIZE).virtual_size == 2 * SIZE
+        cache.create_root_disk("img", "vm", name="disk.rescue", size=SIZE)
+        assert cache.recover().removed == ()
+        cache.remove_root_disk("vm", name="disk.rescue")
+        cache.remove_root_disk("vm")
+        assert sorted(path.name for path in elsewhere.iterdir()) == []
+        assert cache.users("img") == []
+        assert (rig.disks / "vm").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to nowhere"])
+def test_what_is_no_directory_is_an_error_at_once(kind: str, rig: Rig) -> None:
+    """A disk is neither made there nor said to be removed: its storage may only be away."""
+    rig.disks.mkdir(parents=True)
+    with rig.cache() as cache:
+        if kind == "a file":
+            (rig.disks / "vm").write_text("somebody's")
+        else:
+            (rig.disks / "vm").symlink_to(rig.dir / "not mounted")
+        for call in (lambda: cache.create_root_disk("img", "vm", size=SIZE), lambda: cache.remove_root_disk("vm")):
+            err = _stuck(call)
+            assert isinstance(err, BackendError)
+            assert "should be a directory" in str(err)
+        assert os.path.lexists(rig.disks / "vm")

@@ -308,7 +308,7 @@ class FileDisks(FileBases):
     @contextmanager
     def _changing(self, disk_id: str, name: str) -> Iterator[tuple[RootDisk, _records.DiskRecord]]:
         directory = self._directory(disk_id)
-        held = _entries.hold(directory, wait=True)
+        held = _entries.hold(directory, wait=True, follow=True)
         try:
             disk = self.get_root_disk(disk_id, name) if held is not None else None
             record = self._load(directory, name)
@@ -324,8 +324,10 @@ class FileDisks(FileBases):
 
     def remove_root_disk(self, disk_id: str, name: str) -> None:
         directory = self._directory(disk_id)
-        held = _entries.hold(directory, wait=True)
+        held = _entries.hold(directory, wait=True, follow=True)
         if held is None:
+            if os.path.lexists(directory) and not directory.is_dir():  # its storage may not be mounted
+                raise _entries.no_directory(directory)
             self._drop_references_by_name(disk_id, name)
             return
         try:

@@ -284,7 +284,8 @@ class FileBases(Backend):
     def sweep_trash(self) -> tuple[list[str], list[str], list[str], dict[str, str]]:
         """Finish the removals that died half-way: (purged, restored, alive, failed with the reason), by entry name.
 
-        What has users comes back. One that cannot be removed stops no other; one that a live process removes stays.
+        What was only retired comes back, its marks with it: whether it has users and pins, a pass finds out with both
+        looks. One that cannot be removed stops no other; one that a live process removes stays.
         """
         purged, restored, alive, failed = [], [], [], {}
         for token in _entries.names(self._trash):
@@ -294,7 +295,7 @@ class FileBases(Backend):
                 if held is None and (self._trash / token).is_dir():
                     alive.append(token)
                     continue
-                if self._restore_used(token):
+                if self._give_back(token):
                     restored.append(token)
                     continue
                 self._purge(token.removeprefix("."))
@@ -307,11 +308,10 @@ class FileBases(Backend):
                     held.release()
         return purged, restored, alive, failed
 
-    def _restore_used(self, token: str) -> bool:
-        """Give a base in the trash its name back if it has users; whether it has it."""
-        # one that begins with a dot was being purged
+    def _give_back(self, token: str) -> bool:
+        """Give a base in the trash its name back; whether it has it. One that was being purged is past that."""
         base = None if token.startswith(".") else retired_base(token.rpartition(".")[0], self._trash / token)
-        if base is None or not any(True for _user in self.iter_users(base)):
+        if base is None:
             return False
         self.restore_base(Retired(base=base, token=token))
         # where a base of that name is there again, disks of this one hold its bytes by their own links

@@ -39,7 +39,7 @@ class RecoverableDisks(FileDisks):
     def _sweep_directory(self, disk_id: str, alive: list[str]) -> list[str]:
         """What was removed of a disk id's directory; one that a live process works in is told to ``alive``."""
         directory = self._directory(disk_id)
-        held = _entries.hold(directory, wait=False)
+        held = _entries.hold(directory, wait=False, follow=True)
         if held is not None:
             try:
                 return [f"disks/{disk_id}/{name}" for name in self._sweep_disk(disk_id)]
