@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import stat
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,9 @@ _CHAIN = 64
 _HEAD = 4096
 """Bytes that hold the header, and nearly always the backing file's name: a pass over thousands of disks reads once."""
 _MAGIC = b"QFI\xfb"
+_FIRST_QCOW = _MAGIC + b"\0\0\0\1"
+_QED = b"QED\0"
+"""Of two formats that QEMU reads still, and nobody makes any more."""
 _LONGEST_NAME = 1023
 """Bytes of a backing file's name, by the specification."""
 
@@ -54,11 +58,16 @@ class KnownBases:
         self._inodes: dict[tuple[int, int], str] = {}
         self._links: dict[Path | str, str] = {}
         self._paths: dict[str, str] = {}
+        reals: dict[str, str] = {}  # of the directories above, where an operator may have put symbolic links
         for base in bases:
             if not isinstance(base.location, FileLocation):
                 continue
             path = str(base.location.path)
             self._paths[os.path.normpath(path)] = base.image_id
+            above = os.path.dirname(os.path.dirname(path))  # noqa: PTH120 - thousands in a pass
+            if (real := reals.get(above)) is None:
+                real = reals[above] = os.path.realpath(above)
+            self._paths[f"{real}{path.removeprefix(above)}"] = base.image_id
             try:
                 found = os.stat(path)  # noqa: PTH116 - thousands in a pass
             except FileNotFoundError:  # retired: its other place is in the list as well
@@ -76,8 +85,10 @@ class KnownBases:
             return image_id
         try:
             found = os.stat(path)  # noqa: PTH116 - thousands in a pass
-        except (OSError, ValueError):  # not there, not to be seen, or no name that a file can have
-            return self._paths.get(os.path.normpath(path))
+        except ValueError:  # no name that a file can have
+            return None
+        except OSError:  # not there, or not to be seen
+            return self._paths.get(os.path.normpath(path)) or self._paths.get(os.path.realpath(path))
         return self._inodes.get((found.st_dev, found.st_ino)) or self._paths.get(os.path.normpath(path))
 
     def is_one(self, entry: os.DirEntry[str]) -> bool:
@@ -209,7 +220,7 @@ def _named(path: str, known: KnownBases | None) -> str | None:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             head = os.pread(fd, _HEAD, 0)
-            if not head.startswith(_MAGIC):
+            if not head.startswith((_MAGIC, _QED)):
                 return None
             named = _backing_name(fd, head)
         finally:
@@ -233,22 +244,34 @@ def _backing_name(fd: int, head: bytes) -> str:
     Raises:
         Qcow2Error: QEMU takes no such header.
     """
-    header = _qcow2.parse_header(head)
-    offset, length = header.backing_offset, header.backing_length
+    if head.startswith(_QED):
+        offset, length = struct.unpack_from("<II", head.ljust(64), 56)
+        furthest = _HEAD
+    elif head.startswith(_FIRST_QCOW):
+        offset, length = struct.unpack_from(">QI", head.ljust(64), 8)
+        furthest = _HEAD
+    else:
+        header = _qcow2.parse_header(head)
+        offset, length, furthest = header.backing_offset, header.backing_length, header.cluster_size
     if not offset:
         return ""
-    if length > _LONGEST_NAME or offset > header.cluster_size:
+    if length > _LONGEST_NAME or offset > furthest:
         raise _qcow2.Qcow2Error("the backing file's name is out of place")
     name = head[offset : offset + length] if offset + length <= _HEAD else os.pread(fd, length, offset)
     return name.decode("utf-8", "surrogateescape")
 
 
 def _file_of(named: str) -> str | None:
-    """The file in a name such as QEMU's block jobs write: ``json:{"driver": ..., "file": {"filename": ...}}``."""
+    """The file in a name such as QEMU's block jobs write: ``json:{"driver": ..., "file": {"filename": ...}}``.
+
+    With a ``backing`` of its own it is read instead of what the file's header names: then that one's file.
+    """
     try:
         options = json.loads(named.removeprefix("json:"))
     except (ValueError, RecursionError):
         return None
+    while isinstance(options, dict) and isinstance(options.get("backing"), dict):
+        options = options["backing"]
     while isinstance(options, dict):
         for key in ("filename", "file.filename"):
             if isinstance(options.get(key), str):

@@ -303,12 +303,33 @@ def test_only_files_and_disks_are_opened(form: str, place: Place, monkeypatch: p
 # --- names that qemu knows and we must
 
 
+@pytest.mark.parametrize("old_format", ["qcow", "qed"])
+def test_formats_that_nobody_makes_any_more(old_format: str, place: Place) -> None:
+    """QEMU reads their overlays still."""
+    path = place.disks / "disk"
+    qemu_img("create", "-q", "-f", old_format, "-b", str(place.base), "-F", "raw", str(path))
+    assert place.found() == [("img", "disk")]
+
+
+def test_a_root_behind_a_symbolic_link(tmp_path: Path) -> None:
+    """A disk names the base by its real path, and comes between the plan and the removal: the second look sees it."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    place = Place(tmp_path / "link")
+    with place.cache() as cache:
+        plan = cache.plan_cleanup(max_idle=0)
+        place.overlay("vm/disk", place.base.resolve())
+        assert "img" not in cache.cleanup(plan).removed
+        assert "img" in names(cache)
+
+
 @pytest.mark.parametrize(
     "text",
     [
         'json:{{"driver":"raw","file":{{"driver":"file","filename":"{path}"}}}}',
         'json:{{"driver": "raw", "file.driver": "file", "file.filename": "{path}"}}',
         'json:{{"file":{{"filename":"{path}"}}}}',
+        'json:{{"file":{{"filename":"/over/it"}},"backing":{{"driver":"raw","file":{{"filename":"{path}"}}}}}}',
     ],
 )
 def test_backing_names_in_json(text: str, place: Place) -> None:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from nova_imagecache import _entries, _fs, _qcow2, _qemu, _records
+from nova_imagecache import _chains, _entries, _fs, _qcow2, _qemu, _records
 from nova_imagecache.backends import (
     BackendError,
     BaseImage,
@@ -35,7 +35,7 @@ from nova_imagecache.backends import (
 )
 from nova_imagecache.backends._files import FileBases
 from nova_imagecache.backends._making import Making
-from nova_imagecache.backends._references import asides, made_at, others
+from nova_imagecache.backends._references import asides, finish, is_unfinished, made_at, others
 from nova_imagecache.exceptions import DiskInUseError
 
 if TYPE_CHECKING:
@@ -82,8 +82,7 @@ class FileDisks(FileBases):
             if _entries.names(directory):  # held: also where we made it, another may have been first to hold it
                 if os.path.lexists(directory / name):
                     raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name)
-                self._refuse_readers(directory, disk_id, name)
-                self._forget(directory, disk_id, name)
+                self._clear_place(directory, disk_id, name)
             making = Making(directory, name, nameless=self.making_is_short)
             try:
                 disk = self._create(base, disk_id, name, size, making, own_directory=made)
@@ -132,6 +131,8 @@ class FileDisks(FileBases):
                 if own_directory:
                     _fs.fsync_dir(directory.parent)
                 making.publish(made, directory / name)
+                if record.reference == "path":
+                    finish(self.user_record(base.image_id, disk_id, name), record.made_at)
             except FileExistsError:
                 raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name) from None
             finally:
@@ -165,8 +166,17 @@ class FileDisks(FileBases):
         if now is None or now.record != base.record:
             raise BaseNotFoundError("the base went away meanwhile", image_id=base.image_id, stage="reference")
 
+    def _clear_place(self, directory: Path, disk_id: str, name: str) -> None:
+        """Make way for a disk of a name that is free: of what an earlier one left, a path reference alone stays."""
+        record = self._load(directory, name)
+        self._refuse_readers(disk_id, name, record)
+        if record is not None and self._path_reference(record, disk_id, name) is not None:
+            _fs.unlink(directory / f"{name}.json")  # its disk was moved elsewhere, and only remove_root_disk ends it
+        else:
+            self._forget(directory, disk_id, name)
+
     def _forget(self, directory: Path, disk_id: str, name: str) -> None:
-        """Take away what belongs to a disk that is not there (any more): link, path reference, record."""
+        """Take away what belongs to a disk that never came to be, or is removed: link, path reference, record."""
         record = self._load(directory, name)
         _fs.unlink(directory / f"{name}.base")
         if record is not None:
@@ -174,12 +184,29 @@ class FileDisks(FileBases):
         # last of all: without it nobody knows where the path reference is
         _fs.unlink(directory / f"{name}.json")
 
-    def _refuse_readers(self, directory: Path, disk_id: str, name: str) -> None:
-        """Refuse to take a link away through which another file reads: a snapshot that libvirt made of the disk."""
-        link = directory / f"{name}.base"
-        if os.path.lexists(link) and (reader := reader_of(link)):
+    def _reader(self, disk_id: str, name: str, record: _records.DiskRecord | None) -> str | None:
+        """The file that reads the base by what ties this disk to it: a snapshot that libvirt made of the disk."""
+        link = self._directory(disk_id) / f"{name}.base"
+        by_path = record is not None and self._path_reference(record, disk_id, name) is not None
+        if not by_path and not os.path.lexists(link):
+            return None
+        return reader_of(link, self.base_path(record.image_id) if record is not None and by_path else None)
+
+    def _path_reference(self, record: _records.DiskRecord, disk_id: str, name: str) -> Path | None:
+        """Where the finished path reference of this very disk is written, under whatever name; None: there is none."""
+        written = self.user_record(record.image_id, disk_id, name)
+        if made_at(written) == record.made_at:
+            return written
+        if record.reference != "path":
+            return None
+        found = others(written.parent, record.made_at, self._directory(disk_id) / name)
+        return next((one for one in found if not is_unfinished(one)), None)
+
+    def _refuse_readers(self, disk_id: str, name: str, record: _records.DiskRecord | None) -> None:
+        """Refuse to take away what another file reads through."""
+        if reader := self._reader(disk_id, name, record):
             raise DiskExistsError(
-                f"{link.name} is the backing file of {reader}",
+                f"{reader} reads the base through what ties this disk to it",
                 disk_id=disk_id,
                 name=name,
                 todo=f"Flatten or remove {reader} first",
@@ -339,7 +366,7 @@ class FileDisks(FileBases):
                     name=name,
                     todo="Remove the file by hand if it is not needed",
                 )
-            self._refuse_readers(directory, disk_id, name)
+            self._refuse_readers(disk_id, name, record)
             _fs.unlink(directory / name)
             self._forget(directory, disk_id, name)
             own = record is not None and record.own_directory
@@ -401,17 +428,20 @@ def is_foreign(directory: Path | str) -> bool:
         return True
 
 
-def reader_of(link: Path) -> str | None:
-    """The name of another file in the directory that names ``link`` as its backing file, None: there is none."""
+def reader_of(link: Path, base: Path | None = None) -> str | None:
+    """The name of another file in the directory that names ``link``, or ``base``, as its backing file; None: none does.
+
+    ``link`` is ``<name>.base`` of a disk; neither it nor the disk counts.
+    """
+    real = None if base is None else os.path.realpath(base)
     for name in _entries.names(link.parent):
         path = link.parent / name
         if name in (link.name, link.name.removesuffix(".base")) or not path.is_file():
             continue
         try:
-            with path.open("rb", buffering=0) as file:
-                backing = _qcow2.read_backing_name(file)
+            backing = _chains.backing_file(path)
         except OSError:  # unreadable: it may be anything's reader
             return name
-        if os.path.basename(backing) == link.name:  # noqa: PTH119 - a name, relative or absolute
+        if backing is not None and (backing.name == link.name or os.path.realpath(backing) == real):
             return name
     return None

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from nova_imagecache import _entries, _fs, _qcow2
 from nova_imagecache.backends import RecoveryReport
-from nova_imagecache.backends._disks import FileDisks, is_foreign, reader_of
-from nova_imagecache.backends._references import leads_to, made_at, refers_to
+from nova_imagecache.backends._disks import FileDisks, is_foreign
+from nova_imagecache.backends._references import UNFINISHED, finish, is_unfinished, leads_to, made_at, refers_to
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from nova_imagecache._records import DiskRecord
 
 
 class RecoverableDisks(FileDisks):
@@ -53,7 +55,8 @@ class RecoverableDisks(FileDisks):
         return []
 
     def _sweep_references(self, failed: dict[str, str]) -> list[str]:
-        """Take away what an attach that died left: a path reference under a name that its disk no longer has.
+        """Finish the references of disks whose maker died when they had their names; take away what an attach that died
+        left: a path reference under a name that its disk no longer has.
 
         Those of one image that cannot be read or removed stop no other's; ``failed`` is told.
         """
@@ -61,6 +64,7 @@ class RecoverableDisks(FileDisks):
         users = self.paths.root / "users"
         for image_id in _entries.names(users):
             try:
+                _finish(users / image_id)
                 for path in _superseded(users / image_id):
                     _fs.unlink(path)
                     gone.append(f"users/{image_id}/{path.name}")
@@ -77,13 +81,15 @@ class RecoverableDisks(FileDisks):
             if name.startswith(".") and _is_making(directory / name):
                 _fs.rmtree(directory / name)
             elif name.endswith(".base") and name.removesuffix(".base") not in names:
-                if reader_of(directory / name):
-                    continue  # its disk is gone, a snapshot of it is not
-                self._forget(directory, disk_id, name.removesuffix(".base"))
+                stem = name.removesuffix(".base")
+                if self._is_needed(disk_id, stem, self._load(directory, stem)):
+                    continue
+                self._forget(directory, disk_id, stem)
             elif name.endswith(".json") and name.removesuffix(".json") not in names:
                 stem = name.removesuffix(".json")
-                if self._load(directory, stem) is None or reader_of(directory / f"{stem}.base"):
-                    continue  # not a record of ours, or a snapshot's
+                record = self._load(directory, stem)
+                if record is None or self._is_needed(disk_id, stem, record):
+                    continue  # not a record of ours, or needed
                 self._forget(directory, disk_id, stem)
             elif name.endswith(".json"):
                 gone += self._settle(directory, disk_id, name.removesuffix(".json"))
@@ -95,6 +101,11 @@ class RecoverableDisks(FileDisks):
             _fs.rmdir(directory)
         return gone
 
+    def _is_needed(self, disk_id: str, name: str, record: DiskRecord | None) -> bool:
+        """Whether what is left of a disk is a snapshot's, or of one that was made and moved, and the caller's to end."""
+        moved = record is not None and self._path_reference(record, disk_id, name) is not None
+        return moved or self._reader(disk_id, name, record) is not None
+
     def _settle(self, directory: Path, disk_id: str, name: str) -> list[str]:
         """Take away the reference of a disk that stands alone by now: a flatten that died, a blockPull of libvirt."""
         record = self._load(directory, name)
@@ -102,7 +113,7 @@ class RecoverableDisks(FileDisks):
             return []
         link = directory / f"{name}.base"
         # not where the guest's user owns it now, or its header is damaged: nothing can be told
-        if not _stands_alone(str(directory / name)) or reader_of(link):
+        if not _stands_alone(str(directory / name)) or self._reader(disk_id, name, record):
             return []
         if record.reference != "none":
             self._rewrite(disk_id, name, replace(record, reference="none"))
@@ -124,6 +135,13 @@ def _superseded(users: Path) -> Iterator[Path]:
         # what was set aside sorts behind
         there = {refers_to(path): path for path in reversed(paths) if leads_to(path, own)}
         yield from (path for path in paths if there and path not in there.values())
+
+
+def _finish(users: Path) -> None:
+    """Give an image's unfinished references their names whose disks have theirs."""
+    for path in map(users.joinpath, _entries.names(users)):
+        if is_unfinished(path) and (own := made_at(path)) is not None and leads_to(path, own):
+            finish(path.with_name(path.name.removesuffix(UNFINISHED) + ".json"), own)
 
 
 def _may_hold_litter(directory: str) -> bool:

@@ -19,6 +19,31 @@ def host_record(disk_id: str, name: str, path: Path, made_at: float) -> bytes:
     return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
 
 
+UNFINISHED = "~new.json"
+
+
+def unfinished(written: Path) -> Path:
+    """How a reference is called until its disk has its name: what a death leaves then is told from a disk that moved."""
+    return written.with_name(f"{written.stem}{UNFINISHED}")
+
+
+def is_unfinished(written: Path) -> bool:
+    """Whether the disk of this reference had no name yet."""
+    return written.name.endswith(UNFINISHED)
+
+
+def finish(written: Path, own: float) -> None:
+    """The disk has its name: so has its reference from now on."""
+    set_aside(written, own)
+    try:
+        _fs.rename(unfinished(written), written)
+    except FileNotFoundError:
+        if made_at(written) != own:  # else a recover beside us was first
+            raise
+    take_back(written, own)
+    _fs.fsync_dir(written.parent)
+
+
 def made_at(written: Path) -> float | None:
     """When the disk of a path reference was made; None: the reference is not there, or cannot be read."""
     try:

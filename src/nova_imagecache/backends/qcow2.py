@@ -19,9 +19,8 @@ from nova_imagecache.backends import (
     RootDisk,
 )
 from nova_imagecache.backends._checks import check_files
-from nova_imagecache.backends._disks import reader_of
 from nova_imagecache.backends._recovery import RecoverableDisks
-from nova_imagecache.backends._references import host_record, set_aside, take_back
+from nova_imagecache.backends._references import host_record, set_aside, take_back, unfinished
 from nova_imagecache.backends._templates import Templates
 
 if TYPE_CHECKING:
@@ -81,14 +80,19 @@ class Qcow2Backend(RecoverableDisks):
         # the record of the disk before what only it explains
         self._sync(self._directory(disk_id) / f"{name}.json")
         _fs.fsync_dir(self._directory(disk_id))
+        disk = self._directory(disk_id) / name
         written = self.user_record(base.image_id, disk_id, name)
-        data = host_record(disk_id, name, self._directory(disk_id) / name, made_at)
+        data = host_record(disk_id, name, disk, made_at)
+        there = os.path.lexists(disk)
         for _attempt in range(3):
             try:
                 _fs.make_dirs(written.parent, 0o755)
-                set_aside(written, made_at)
-                _entries.replace_file(written, data, 0o644, staging=self.staging)
-                take_back(written, made_at)
+                if there:
+                    set_aside(written, made_at)
+                    _entries.replace_file(written, data, 0o644, staging=self.staging)
+                    take_back(written, made_at)
+                else:
+                    _entries.replace_file(unfinished(written), data, 0o644, staging=self.staging)
             except FileNotFoundError:  # the last other user of this image left and took the directory along
                 continue
             return "path"
@@ -139,9 +143,9 @@ class Qcow2Backend(RecoverableDisks):
                 self._sync(directory / name)
                 self._rewrite(disk_id, name, replace(record, reference="none"))
             # also where an earlier flatten died before it came to this
-            if not reader_of(directory / f"{name}.base"):
+            if not self._reader(disk_id, name, record):
                 _fs.unlink(directory / f"{name}.base")
-            self._drop_path_reference(record, disk_id, name)
+                self._drop_path_reference(record, disk_id, name)
             return replace(disk, reference="none")
 
     def attach_root_disk(self, base: BaseImage, disk_id: str, name: str) -> RootDisk:
