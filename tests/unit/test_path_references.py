@@ -12,10 +12,11 @@ import pytest
 
 from conftest import InChild
 from harness import images, places
-from harness.images import MIB
+from harness.children import run_to_death
+from harness.images import MIB, qemu_img
 from harness.rig import Rig
 from harness.upkeep import DAY, Clock, names, open_cache
-from nova_imagecache import BaseInUseError
+from nova_imagecache import BaseInUseError, DiskExistsError
 from nova_imagecache.backends._references import host_record
 from nova_imagecache.testing import FaultPlan
 
@@ -308,3 +309,97 @@ def test_making_and_removing_disks_reads_no_other_references(rig: Rig) -> None:
         cache.create_root_disk("img", "fresh", size=SIZE)
         cache.remove_root_disk("fresh")
         assert {path.name: path.stat().st_atime_ns for path in users.iterdir()} == before
+
+
+# --- it outlives what did not end it
+
+
+def _opens(disk: Path) -> None:
+    assert json.loads(qemu_img("info", "--output=json", "--backing-chain", "-f", "qcow2", str(disk)).stdout)[1:]
+
+
+def _nothing_goes(rig: Rig, disk: Path) -> None:
+    """Neither a sweep nor a pass takes the base that this file reads."""
+    with rig.cache() as cache:
+        cache.recover()
+        assert cache.cleanup(cache.plan_cleanup(max_idle=0)).removed == ()
+        assert names(cache) == {"img"}
+    _opens(disk)
+
+
+def test_a_disk_that_was_renamed(rig: Rig) -> None:
+    """It reads the base as before, and no other takes its place while it does."""
+    with rig.cache() as cache:
+        cache.create_root_disk("img", "vm", size=SIZE)
+        (rig.disks / "vm" / "disk").rename(rig.disks / "vm" / "disk.orig")
+        _nothing_goes(rig, rig.disks / "vm" / "disk.orig")
+        with pytest.raises(DiskExistsError, match=r"disk\.orig"):
+            cache.create_root_disk("img", "vm", size=SIZE)
+
+
+def test_a_disk_that_was_moved_without_its_record(rig: Rig) -> None:
+    """A pass comes before the record follows, or it never does: the base stays for it."""
+    with rig.cache() as cache:
+        cache.create_root_disk("img", "vm", size=SIZE)
+    moved = rig.disks / "vm_resize" / "disk"
+    moved.parent.mkdir()
+    (rig.disks / "vm" / "disk").rename(moved)
+    _nothing_goes(rig, moved)
+    # a new disk in its place
+    with rig.cache() as cache:
+        cache.create_root_disk("img", "vm", size=SIZE)
+        assert len(cache.users("img")) == 2
+        cache.remove_root_disk("vm")
+    _nothing_goes(rig, moved)
+    with rig.cache() as cache:
+        cache.remove_root_disk("vm")  # and whose disk that was says that it is gone
+    assert _references(rig) == []
+
+
+def test_a_snapshot_that_reads_the_base(rig: Rig) -> None:
+    """Pulled onto the base by libvirt, or made beside the disk: what ties the disk serves both."""
+    with rig.cache() as cache:
+        cache.create_root_disk("img", "vm", size=SIZE)
+        snapshot = rig.disks / "vm" / "snap1"
+        base = str(rig.root / "bases" / "img" / "disk")
+        qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", str(snapshot))
+        with pytest.raises(DiskExistsError, match="snap1"):
+            cache.remove_root_disk("vm")
+        cache.flatten_root_disk("vm")
+        _nothing_goes(rig, snapshot)
+        with pytest.raises(DiskExistsError, match="snap1"):
+            cache.remove_root_disk("vm")
+        (rig.disks / "vm" / "disk").unlink()
+        _nothing_goes(rig, snapshot)
+        snapshot.unlink()
+        cache.remove_root_disk("vm")
+        assert _references(rig) == []
+
+
+def test_another_disk_in_the_same_directory_is_no_snapshot(rig: Rig) -> None:
+    """It has a reference of its own."""
+    with rig.cache() as cache:
+        cache.create_root_disk("img", "vm", size=SIZE)
+        cache.create_root_disk("img", "vm", name="disk.rescue", size=SIZE)
+        cache.remove_root_disk("vm", name="disk.rescue")
+        assert len(cache.users("img")) == 1
+        cache.remove_root_disk("vm")
+    assert _references(rig) == []
+
+
+def test_a_death_after_the_disk_has_its_name(rig: Rig) -> None:
+    """The next sweep finishes its reference: from then on it is that of any disk, and outlives a move."""
+
+    def make() -> None:
+        with FaultPlan().kill("fs.rename", match="~unfinished", nth=2):
+            rig.cache().create_root_disk("img", "vm", size=SIZE)
+
+    rig.cache().ensure_base("img")
+    assert run_to_death(make, "making")
+    assert (rig.disks / "vm" / "disk").exists()
+    assert [name.count("~unfinished") for name in _references(rig)] == [1]
+    with rig.cache() as cache:
+        cache.recover()
+        assert _references(rig) == ["vm.disk.json"]
+    (rig.disks / "vm" / "disk").rename(rig.disks / "vm" / "moved")
+    _nothing_goes(rig, rig.disks / "vm" / "moved")

@@ -131,7 +131,7 @@ def test_whole_disks_are_not_held_for_a_look(rig: Rig) -> None:
     with FaultPlan() as plan:
         assert cache.recover().removed == ()
     assert plan.trace == ()
-    (rig.disks / "vm-1" / "disk").unlink()
+    (rig.disks / "vm-1" / ".disk.0123456789abcdef").mkdir()
     removed = cache.recover().removed
     assert {os.path.dirname(name) for name in removed} == {"disks/vm-1"}  # noqa: PTH120 - reason: of a name
     rig.check_tidy("recovered")

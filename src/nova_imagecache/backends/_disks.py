@@ -35,7 +35,7 @@ from nova_imagecache.backends import (
 )
 from nova_imagecache.backends._files import FileBases
 from nova_imagecache.backends._making import Making
-from nova_imagecache.backends._references import asides, finish, is_unfinished, made_at, others
+from nova_imagecache.backends._references import asides, finish, is_unfinished, made_at, others, unfinished
 from nova_imagecache.exceptions import DiskInUseError
 
 if TYPE_CHECKING:
@@ -216,9 +216,10 @@ class FileDisks(FileBases):
         """Take the path reference of this very disk away, under whatever name it was made; no other disk's."""
         written = self.user_record(record.image_id, disk_id, name)
         # as it is called now, or when its directory was another: then all are read
-        own = made_at(written) in (record.made_at, None) and written.exists()
+        places = [written, unfinished(written)]
+        own = [path for path in places if made_at(path) in (record.made_at, None) and path.exists()]
         disk = self._directory(disk_id) / name
-        for path in [written] if own else others(written.parent, record.made_at, disk):
+        for path in own or others(written.parent, record.made_at, disk):
             _fs.unlink(path)
             _fs.rmdir(path.parent)
 
@@ -367,6 +368,8 @@ class FileDisks(FileBases):
                     todo="Remove the file by hand if it is not needed",
                 )
             self._refuse_readers(disk_id, name, record)
+            if record is not None and (written := self._path_reference(record, disk_id, name)) is not None:
+                _fs.rename(written, unfinished(self.user_record(record.image_id, disk_id, name)))
             _fs.unlink(directory / name)
             self._forget(directory, disk_id, name)
             own = record is not None and record.own_directory
@@ -431,7 +434,8 @@ def is_foreign(directory: Path | str) -> bool:
 def reader_of(link: Path, base: Path | None = None) -> str | None:
     """The name of another file in the directory that names ``link``, or ``base``, as its backing file; None: none does.
 
-    ``link`` is ``<name>.base`` of a disk; neither it nor the disk counts.
+    ``link`` is ``<name>.base`` of a disk; neither it nor the disk counts. Nor does a disk that has a path reference of
+    its own.
     """
     real = None if base is None else os.path.realpath(base)
     for name in _entries.names(link.parent):
@@ -442,6 +446,12 @@ def reader_of(link: Path, base: Path | None = None) -> str | None:
             backing = _chains.backing_file(path)
         except OSError:  # unreadable: it may be anything's reader
             return name
-        if backing is not None and (backing.name == link.name or os.path.realpath(backing) == real):
+        if backing is None:
+            continue
+        if backing.name == link.name:
             return name
+        if real is not None and os.path.realpath(backing) == real:
+            record = _chains.record_of(path)
+            if record is None or record.reference != "path":
+                return name
     return None

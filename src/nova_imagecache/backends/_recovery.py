@@ -102,7 +102,7 @@ class RecoverableDisks(FileDisks):
         return gone
 
     def _is_needed(self, disk_id: str, name: str, record: DiskRecord | None) -> bool:
-        """Whether what is left of a disk is a snapshot's, or of one that was made and moved, and the caller's to end."""
+        """Whether what is left of a disk is a snapshot's, or that of one which was moved, and the caller's to end."""
         moved = record is not None and self._path_reference(record, disk_id, name) is not None
         return moved or self._reader(disk_id, name, record) is not None
 

@@ -19,16 +19,17 @@ def host_record(disk_id: str, name: str, path: Path, made_at: float) -> bytes:
     return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
 
 
-UNFINISHED = "~new.json"
+UNFINISHED = "~unfinished.json"
 
 
 def unfinished(written: Path) -> Path:
-    """How a reference is called until its disk has its name: what a death leaves then is told from a disk that moved."""
+    """How a reference is called while its disk is made or removed: what a death leaves is told from a disk that
+    was moved away."""
     return written.with_name(f"{written.stem}{UNFINISHED}")
 
 
 def is_unfinished(written: Path) -> bool:
-    """Whether the disk of this reference had no name yet."""
+    """Whether the disk of this reference is being made or removed."""
     return written.name.endswith(UNFINISHED)
 
 
@@ -40,7 +41,6 @@ def finish(written: Path, own: float) -> None:
     except FileNotFoundError:
         if made_at(written) != own:  # else a recover beside us was first
             raise
-    take_back(written, own)
     _fs.fsync_dir(written.parent)
 
 
