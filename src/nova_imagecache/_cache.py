@@ -189,12 +189,14 @@ class ImageCache:
     ) -> RootDisk:
         """The writable root disk of an instance, made from the image's base, which is brought in if it is not there.
 
-        ``size`` is bytes, rounded up to 512; None: the image's virtual size. A disk that exists, of the same image and
-        size, is returned untouched. The image's ``min_disk`` is asked for on a miss alone: a base does not keep it, and
+        ``size`` is bytes, rounded up to 512; None: the image's virtual size. A disk that exists, of the same image id
+        and size, is returned untouched, whatever ``expect`` says; one that names its base by path is tied to it anew
+        where that is not as it was. The image's ``min_disk`` is asked for on a miss alone: a base does not keep it, and
         a hit asks nobody. A caller for whom it is a rule compares it itself, as Nova's API does.
 
         Raises:
-            DiskExistsError: a disk of that id and name exists, of another image or size.
+            DiskExistsError: a disk of that id and name exists, of another image or size; or the base that it names by
+                path has other bytes now.
             DiskTooSmallError: the image does not fit ``size``; nothing was made.
             whatever ``ensure_base`` raises.
         """
@@ -333,11 +335,12 @@ class ImageCache:
         """The base, if every byte of it is still what was published. Reads all of it.
 
         A damaged base goes to quarantine, so that the next ``ensure_base`` fetches a new one; disks that are linked to
-        it keep it. One that disks name by path stays, since those disks would not open without it.
+        it keep it. One that disks read by its own name, or may, stays: they would not open without it.
 
         Raises:
             BaseNotFoundError: it is not there.
             BaseCorruptError: says what is wrong.
+            BackendError: the backend keeps no checksums, and its bytes are not the source's: nothing proves them.
         """
         base = self.get_base(image_id)
         with Watch(image_id, cancel=cancel) as watch:
@@ -346,10 +349,8 @@ class ImageCache:
             return base
         todo = None
         with self._engine.remover.wait_lock(image_id):
-            if any(user.known_by != "link" for user in self._engine.backend.iter_users(base)):
-                todo = "It stays, since root disks name it by its path: stop and rebuild them, then remove it"
-            elif self._engine.backend.find_base(image_id) == base:
-                self._engine.backend.quarantine_base(base)
+            if self._engine.quarantine(base):
+                todo = "It stays, since root disks read it, or may: stop and rebuild them, then remove it"
         self._engine.emit("damaged", image_id, problem=problem)
         raise BaseCorruptError(f"the base is damaged: {problem}", image_id=image_id, stage="verify", todo=todo)
 

@@ -91,6 +91,10 @@ class KnownBases:
             return self._paths.get(os.path.normpath(path)) or self._paths.get(os.path.realpath(path))
         return self._inodes.get((found.st_dev, found.st_ino)) or self._paths.get(os.path.normpath(path))
 
+    def is_name(self, path: str) -> bool:
+        """Whether this is a base's own path, and not a link to it elsewhere."""
+        return os.path.normpath(path) in self._paths or os.path.realpath(path) in self._paths
+
     def is_one(self, entry: os.DirEntry[str]) -> bool:
         """Whether this entry of a directory is one of the bases, by another name, without a look where it cannot be.
 
@@ -140,6 +144,19 @@ def by_record(unreadable: OSError, known: KnownBases) -> Iterator[tuple[str, boo
     _log.info("%s cannot be read (%s): its record says image %s", path, unreadable.strerror, record.image_id)
     if record.reference != "none" and record.image_id in known.image_ids:
         yield record.image_id, False
+
+
+def reads_by_name(path: Path | str, known: KnownBases) -> bool:
+    """Whether a disk's chain leads to a base by the base's own name, so that it would read whatever takes that name.
+
+    A hard link keeps its bytes. Of a chain that cannot be read the record beside the disk tells; without one it does.
+    """
+    try:
+        found = _follow(os.fspath(path), known)
+    except OSError:
+        record = record_of(path)
+        return record is None or record.reference == "path"
+    return found is not None and known.is_name(found[1])
 
 
 def base_below(path: Path | str, known: KnownBases) -> str | None:

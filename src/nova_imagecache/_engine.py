@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nova_imagecache import _entries, _verify
+from nova_imagecache import _entries, _users, _verify
 from nova_imagecache._fetch import Fetcher
 from nova_imagecache._flight import Flights, Leader
 from nova_imagecache._guard import GuardedBackend, GuardedSource
@@ -24,7 +24,7 @@ from nova_imagecache._removal import Remover
 from nova_imagecache._space import SpacePolicy
 from nova_imagecache._watch import Watch, call_safely
 from nova_imagecache.backends import BackendPaths
-from nova_imagecache.exceptions import BackendError, BaseNotFoundError, ImageRejectedError
+from nova_imagecache.exceptions import BackendError, BaseNotFoundError, ImageRejectedError, UsersUnknownError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -102,6 +102,7 @@ class Engine:
         self._fetcher = Fetcher(
             config=self.config,
             backend=self.backend,
+            finders=self.finders,
             root=self.root,
             keeper=self.keeper,
             clock=self.clock,
@@ -182,11 +183,22 @@ class Engine:
         try:
             inspect_file(base.location.path, base.format, image_id=base.image_id)
         except ImageRejectedError:
-            self.backend.quarantine_base(base)
+            self.quarantine(base)
             raise
         except FileNotFoundError:  # removed while we looked; whoever uses it finds out
             return
         self.backend.mark_inspected(base, INSPECTOR_VERSION)
+
+    def quarantine(self, base: BaseImage) -> bool:
+        """Take a base that must not be used out of the way, unless disks read it by name; whether they do or may."""
+        try:
+            if _users.readers_by_name(self.backend, self.finders, [base]):
+                return True
+        except UsersUnknownError:
+            return True
+        if self.backend.find_base(base.image_id) == base:
+            self.backend.quarantine_base(base)
+        return False
 
     def _touch(self, base: BaseImage) -> None:
         try:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nova_imagecache import _admission, _entries, _ingest, _twins
+from nova_imagecache import _admission, _entries, _ingest, _twins, _users
 from nova_imagecache._ahead import attended
 from nova_imagecache._guard import translated
 from nova_imagecache.exceptions import (
@@ -22,7 +22,7 @@ from nova_imagecache.exceptions import (
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from nova_imagecache._config import CacheConfig
@@ -46,6 +46,7 @@ class Fetcher:
 
     config: CacheConfig
     backend: GuardedBackend
+    finders: Sequence[_users.UserFinder]
     root: Root
     keeper: Keeper
     clock: Callable[[], float]
@@ -228,16 +229,16 @@ class Fetcher:
         """Take the other bytes away, after a second look: somebody may have come to depend on them meanwhile."""
         retired = self.backend.retire_base(old)
         try:
-            self._refuse_readers(retired.base)
+            self._refuse_readers(old, retired.base)
         except BaseException:
             self.backend.restore_base(retired)
             raise
         self.backend.purge_base(retired)
 
-    def _refuse_readers(self, old: BaseImage) -> None:
+    def _refuse_readers(self, *names: BaseImage) -> None:
         # a link keeps its disk's bytes whatever takes the name; a path or a clone would read the new ones
-        if users := [user for user in self.backend.iter_users(old) if user.known_by != "link"]:
-            raise BaseInUseError(users, image_id=old.image_id, stage="replacing other bytes of the same id")
+        if users := _users.readers_by_name(self.backend, self.finders, names):
+            raise BaseInUseError(users, image_id=names[0].image_id, stage="replacing other bytes of the same id")
 
     @contextmanager
     def _slot(self, watch: Watch) -> Iterator[None]:

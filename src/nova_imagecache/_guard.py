@@ -224,6 +224,11 @@ class GuardedBackend(_Guard, Backend):
         with self._call("read_base", base.image_id):
             yield from self._inner.read_base(base)
 
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether the backend gives back what ``write_sums`` is given: the contract's default does not."""
+        return type(self._inner).read_sums is not Backend.read_sums
+
     def read_sums(self, base: BaseImage) -> bytes | None:
         with self._call("read_sums", base.image_id):
             return self._inner.read_sums(base)

@@ -48,7 +48,7 @@ class RootDisks:
         existing = self._backend.get_root_disk(disk_id, name)
         if existing is not None:
             _same_disk(existing, image_id, wanted)
-            if not self._lacks_base(existing):
+            if existing.reference != "path":
                 return existing
 
         def make(base: BaseImage, watch: Watch) -> tuple[RootDisk, bool]:
@@ -80,10 +80,6 @@ class RootDisks:
                     _log.info("image %s: %s; trying again", image_id, err)
         raise BaseNotFoundError(f"the base vanished {ATTEMPTS} times while it was used", image_id=image_id)
 
-    def _lacks_base(self, disk: RootDisk) -> bool:
-        """Whether a disk that names its base by path would find nothing there."""
-        return disk.reference == "path" and self._backend.find_base(disk.image_id) is None
-
     def _make(self, base: BaseImage, disk_id: str, name: str, wanted: int | None) -> tuple[RootDisk, bool]:
         """The disk, and whether it was made now."""
         existing = None
@@ -92,7 +88,7 @@ class RootDisks:
         if existing is None:
             return self._create(base, disk_id, name, wanted), True
         _same_disk(existing, base.image_id, wanted)
-        if existing.reference == "path":  # its base was missing and is back: are these the bytes it was made of?
+        if existing.reference == "path":  # what stands at that path now may have come since: are these its bytes?
             return self._backend.attach_root_disk(base, disk_id, name), False
         return existing, False
 

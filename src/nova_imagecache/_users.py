@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from nova_imagecache import _guard
+from nova_imagecache._chains import KnownBases, reads_by_name
 from nova_imagecache._models import FileLocation
 from nova_imagecache.exceptions import UsersUnknownError
 
@@ -65,6 +66,24 @@ def users_of(backend: Backend, finders: Sequence[UserFinder], base: BaseImage) -
     if finders:
         users += from_finders(finders, [base]).get(base.image_id, [])
     return users
+
+
+def readers_by_name(backend: Backend, finders: Sequence[UserFinder], bases: Sequence[BaseImage]) -> list[DiskUser]:
+    """The users of a base, given by all the names it has or had, that would read other bytes under its name.
+
+    Disks that hold the base by a link of their own would not, nor what a finder says without telling of which disk.
+
+    Raises:
+        UsersUnknownError: the storage or a finder cannot tell.
+    """
+    readers = [user for user in backend.iter_users(bases[-1]) if user.known_by != "link"]
+    found = from_finders(finders, bases).get(bases[0].image_id, [])
+    known = KnownBases(bases)
+    for user in found if known else ():
+        path = user.detail.partition(" of domain ")[0]
+        if user.disk_id is not None and (not path.startswith("/") or reads_by_name(path, known)):
+            readers.append(user)
+    return readers
 
 
 def count(stored: Iterable[DiskUser], found: Iterable[DiskUser]) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nova_imagecache import _fs, _sums
 from nova_imagecache._models import BlockLocation, FileLocation
-from nova_imagecache.exceptions import BaseNotFoundError, DiskExistsError
+from nova_imagecache.exceptions import BackendError, BaseNotFoundError, DiskExistsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -21,7 +21,18 @@ _STEP = 8192 * _sums.WIDTH
 
 
 def damage(backend: GuardedBackend, base: BaseImage, checkpoint: Callable[[], None]) -> str | None:
-    """What is wrong with the base's bytes, None: nothing. Reads all of them."""
+    """What is wrong with the base's bytes, None: nothing. Reads all of them.
+
+    Raises:
+        BackendError: nothing could tell: they are not the source's, and the backend keeps no checksums.
+    """
+    if base.record.made_by != "stored" and not backend.keeps_sums:
+        raise BackendError(
+            f"its bytes cannot be verified: backend {backend.name} keeps no checksums",
+            image_id=base.image_id,
+            stage="verify",
+            todo="Remove the base and bring the image in again if in doubt",
+        )
     return damage_of(backend.read_base(base), base.record, lambda: backend.read_sums(base), checkpoint)
 
 
@@ -39,9 +50,9 @@ def damage_of(
         return _compare_digest(extents, record, record.source_digest, checkpoint)
     sums = read_sums()
     if sums is None:
-        return "its checksums (disk.sums) are gone, so nothing proves its bytes"
+        return "its checksums are gone, so nothing proves its bytes"
     if len(sums) != _sums.WIDTH * -(-record.size // _sums.MIB):
-        return "its checksums (disk.sums) are of another length than the base"
+        return "its checksums are of another length than the base"
     return _compare_sums(extents, record, sums, checkpoint)
 
 

@@ -151,7 +151,7 @@ class Qcow2Backend(RecoverableDisks):
     def attach_root_disk(self, base: BaseImage, disk_id: str, name: str) -> RootDisk:
         with self._changing(disk_id, name) as (disk, record):
             self._same_bytes(base, record, disk_id, name)
-            if record.reference == "none":  # it stands alone: nothing to tie
+            if record.reference == "none" or self._is_tied(base, disk_id, name, record):
                 return disk
             reference = self._tie(base, disk_id, name, record.made_at)
             path = self._directory(disk_id) / name
@@ -161,6 +161,18 @@ class Qcow2Backend(RecoverableDisks):
                 self._sync(path)
             self._note_attached(base, disk_id, name, record, reference)
             return replace(disk, reference=reference)
+
+    def _is_tied(self, base: BaseImage, disk_id: str, name: str, record: DiskRecord) -> bool:
+        """Whether a path reference, the record and the header of this disk all lead to this base already."""
+        if (record.reference, record.image_id, record.base_format) != ("path", base.image_id, base.format):
+            return False
+        if self._path_reference(record, disk_id, name) is None:
+            return False
+        try:
+            named = self._named(self._directory(disk_id) / name)
+        except PermissionError:  # its guest runs, and has it as it was
+            return True
+        return named == str(self.base_path(base.image_id))
 
     def _tie(self, base: BaseImage, disk_id: str, name: str, made_at: float) -> Reference:
         """A reference to ``base`` in place of the one the disk has. The old link may be the last name of the disk's
