@@ -294,7 +294,12 @@ def test_only_files_and_disks_are_opened(form: str, place: Place, monkeypatch: p
     (place.disks / "disk").write_bytes(header(form.format(fifo).encode()))
     opened: list[str] = []
     really = os.open
-    monkeypatch.setattr(os, "open", lambda path, *args, **kwargs: (opened.append(str(path)), really(path, *args))[1])
+
+    def note(path: str, flags: int) -> int:
+        opened.append(path)
+        return really(path, flags)
+
+    monkeypatch.setattr(os, "open", note)
     assert place.found() == []
     assert str(place.disks / "disk") in opened
     assert str(fifo) not in opened

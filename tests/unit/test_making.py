@@ -92,7 +92,7 @@ def test_what_is_named_is_synced(kind: str, tmp_path: Path) -> None:
     assert len([at for at in own if at < named]) >= 2
     assert steps[named + 1 :][0] == ("fs.fsync_dir", (str(disk.parent),))
     if kind == "path":
-        [referred] = [
+        referred, finished = [
             at for at, (name, targets) in enumerate(steps) if name == "fs.rename" and "/users/" in targets[-1]
         ]
-        assert own[0] < referred
+        assert own[0] < referred < named < finished

@@ -131,8 +131,6 @@ class FileDisks(FileBases):
                 if own_directory:
                     _fs.fsync_dir(directory.parent)
                 making.publish(made, directory / name)
-                if record.reference == "path":
-                    finish(self.user_record(base.image_id, disk_id, name), record.made_at)
             except FileExistsError:
                 raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name) from None
             finally:
@@ -140,6 +138,8 @@ class FileDisks(FileBases):
         finally:
             os.close(written)
         _fs.fsync_dir(directory)
+        if record.reference == "path":
+            finish(self.user_record(base.image_id, disk_id, name), record.made_at)
         return self._disk(disk_id, name, record, size)
 
     def _finish(self, fd: int, size: int) -> None:

@@ -20,7 +20,7 @@ from nova_imagecache.backends import (
 )
 from nova_imagecache.backends._checks import check_files
 from nova_imagecache.backends._recovery import RecoverableDisks
-from nova_imagecache.backends._references import host_record, set_aside, take_back, unfinished
+from nova_imagecache.backends._references import host_record, made_at, refers_to, set_aside, take_back, unfinished
 from nova_imagecache.backends._templates import Templates
 
 if TYPE_CHECKING:
@@ -166,10 +166,11 @@ class Qcow2Backend(RecoverableDisks):
         """Whether a path reference, the record and the header of this disk all lead to this base already."""
         if (record.reference, record.image_id, record.base_format) != ("path", base.image_id, base.format):
             return False
-        if self._path_reference(record, disk_id, name) is None:
+        written, disk = self.user_record(base.image_id, disk_id, name), self._directory(disk_id) / name
+        if made_at(written) != record.made_at or refers_to(written) != disk:
             return False
         try:
-            named = self._named(self._directory(disk_id) / name)
+            named = self._named(disk)
         except PermissionError:  # its guest runs, and has it as it was
             return True
         return named == str(self.base_path(base.image_id))
