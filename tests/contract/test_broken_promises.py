@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import secrets
 import shutil
+import sys
 from dataclasses import replace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,8 +29,9 @@ from nova_imagecache.backends import (
 )
 from nova_imagecache.backends.file import FileBackend
 from nova_imagecache.exceptions import BaseNotFoundError, DiskExistsError
-from nova_imagecache.testing import CONTRACT_VERSION, BackendContract, MemoryBackend, SourceContract
+from nova_imagecache.testing import CONTRACT_VERSION, BackendContract, MemoryBackend, SourceContract, Step
 from nova_imagecache.testing._memory_store import MemoryWriter
+from nova_imagecache.testing._steps import traced, watched_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -300,6 +304,37 @@ class WritesInPlace(FileBackend):
         return disk
 
 
+class LeavesBytes(FileBackend):
+    """What it puts aside while it purges a base is forgotten by whoever dies there."""
+
+    def purge_base(self, retired: Retired) -> None:
+        aside = self.paths.root / f"aside-{secrets.token_hex(4)}"
+        aside.write_bytes(b"x" * 2**20)
+        super().purge_base(retired)
+        aside.unlink()
+
+
+class CannotGoOn(FileBackend):
+    """It has bugs that show when something was disturbed."""
+
+    def resize_root_disk(self, disk_id: str, name: str, size: int) -> RootDisk:
+        busy = self.paths.root / "busy"
+        busy.touch()
+        disk = super().resize_root_disk(disk_id, name, size)
+        busy.unlink()
+        return disk
+
+    def iter_root_disks(self) -> Iterator[RootDisk]:
+        if (self.paths.root / "busy").exists():
+            raise ZeroDivisionError("a bug of the plug-in")
+        return super().iter_root_disks()
+
+    def recover(self) -> RecoveryReport:
+        if list(self.staging.glob("*")):
+            raise ZeroDivisionError("a bug of the plug-in")
+        return super().recover()
+
+
 BROKEN = [
     (ShownTooEarly, "test_staged_base_is_invisible", "not found before publish"),
     (LoserWins, "test_one_winner", "same base"),
@@ -374,8 +409,98 @@ def test_contract_notices_steps_that_nobody_sees(tmp_path: Path) -> None:
     """A suite that looks in the wrong module would try nothing, and pass."""
     contract = _contract(lambda paths: FileBackend({}, paths))
     type(contract).fault_modules = ("nova_imagecache._exec",)
-    with pytest.raises(AssertionError, match="publish takes no step in"):
+    with pytest.raises(AssertionError, match=r"no step of nova_imagecache\._exec was tried: publish takes"):
         _run(contract, "test_steps_can_be_seen", tmp_path)
+
+
+@pytest.mark.parametrize("test", ["test_failure_at_each_step", "test_death_at_each_step"])
+def test_contract_notices_bytes_that_nobody_needs(test: str, tmp_path: Path) -> None:
+    """What a disturbed operation leaves is found by its size, when everything else is gone."""
+    contract = _contract(lambda paths: LeavesBytes({}, paths))
+    with pytest.raises(AssertionError, match=r"after purge .*no base's bytes stay .*the largest is root/aside-"):
+        _run(contract, test, tmp_path, action="purge")
+
+
+@pytest.mark.parametrize("test", ["test_failure_at_each_step", "test_death_at_each_step"])
+def test_an_error_of_the_plug_in_names_the_step(test: str, tmp_path: Path) -> None:
+    """Whoever reads it learns after which step it was."""
+    contract = _contract(lambda paths: CannotGoOn({}, paths))
+    with pytest.raises(ZeroDivisionError) as caught:
+        _run(contract, test, tmp_path, action="resize")
+    assert caught.value.__notes__[0].startswith("after resize ")
+    assert "step 00-exec.run" in caught.value.__notes__[0]
+
+
+def test_an_error_beside_a_held_step_names_the_step(tmp_path: Path) -> None:
+    """So it is where somebody meets another's step."""
+    contract = _contract(lambda paths: CannotGoOn({}, paths))
+    with pytest.raises(ZeroDivisionError) as caught:
+        _run(contract, "test_recover_at_each_step", tmp_path, work="publish")
+    assert caught.value.__notes__[0].startswith("met at step 03-fs.create")
+
+
+# --- a backend whose own steps nobody sees
+
+
+FORWARDED = [name for name, value in vars(Backend).items() if inspect.isfunction(value) and not name.startswith("_")]
+
+
+def _stranger(paths: BackendPaths) -> Backend:
+    """A backend of another package, which does its work where its suite does not look."""
+
+    def forward(name: str) -> Callable[..., Any]:
+        return lambda self, *given: getattr(self.inner, name)(*given)
+
+    members = {name: forward(name) for name in FORWARDED}
+    facts = {"__module__": "toy.storage", "__init__": lambda _: None, "properties": FileBackend.properties}
+    backend: Any = type("Stranger", (Backend,), {**members, **facts})()
+    backend.inner = FileBackend({}, paths)
+    stranger: Backend = backend
+    return stranger
+
+
+def test_a_suite_that_sees_no_step_of_the_plug_in_fails(tmp_path: Path) -> None:
+    """The library's own steps are not the plug-in's."""
+    with pytest.raises(AssertionError, match=r"no step of toy was tried: publish .*or set fault_modules"):
+        _run(_contract(_stranger), "test_steps_can_be_seen", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("test", "given"),
+    [
+        ("test_failure_at_each_step", {"action": "restore"}),
+        ("test_death_at_each_step", {"action": "attach"}),
+        ("test_recover_at_each_step", {"work": "create"}),
+    ],
+)
+def test_a_test_of_steps_that_sees_none_is_skipped(test: str, given: dict[str, str], tmp_path: Path) -> None:
+    """It has tried nothing, and says so, with what to do."""
+    with pytest.raises(pytest.skip.Exception, match="no step of toy was tried"):
+        _run(_contract(_stranger), test, tmp_path, **given)
+
+
+def test_steps_that_cannot_be_seen_are_the_authors_word(tmp_path: Path) -> None:
+    """Whoever says so passes, and the tests that tried nothing are skipped."""
+    contract = _contract(_stranger)
+    type(contract).fault_modules = ()
+    with pytest.raises(pytest.skip.Exception, match="fault_modules is empty"):
+        _run(contract, "test_steps_can_be_seen", tmp_path)
+
+
+def test_the_plug_ins_own_seams_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of every imported module of its package, and of no other."""
+    for name in ("toy", "toy._ops", "toyshop._ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name in ("toy._ops", "toyshop._ops"):
+        vars(sys.modules[name])["SEAMS"] = ("link",)
+    backend = _stranger(BackendPaths(root=tmp_path, disks_dir=tmp_path))
+    assert watched_modules(backend, None) == ("nova_imagecache._fs", "nova_imagecache._exec", "toy._ops")
+    assert watched_modules(backend, ("toy._other",)) == ("toy._other",)
+    ours = Step(index=0, name="fs.mkdir", nth=1, module="nova_imagecache._fs")
+    own = Step(index=1, name="ops.link", nth=1, module="toy._ops")
+    assert traced("publish", backend, None, [ours, own]).unseen == ""
+    assert "no step of toy was tried: publish" in traced("publish", backend, None, [ours]).unseen
+    assert traced("flatten", backend, None, []).unseen == "", "a copy stands alone already"
 
 
 def test_contract_has_a_version() -> None:

@@ -341,9 +341,9 @@ class Watch(FaultPlan):
         self._directory = directory
         self.states: list[list[tuple[object, ...]]] = []
 
-    def _count(self, name: str, targets: tuple[str, ...]) -> list[int]:
+    def _count(self, module: str, name: str, targets: tuple[str, ...]) -> list[int]:
         self.states.append(_state(self._directory))
-        return super()._count(name, targets)
+        return super()._count(module, name, targets)
 
 
 def _state(directory: Path) -> list[tuple[object, ...]]:

@@ -1,7 +1,7 @@
 """The part of ``BackendContract`` about failures and death at every step, and what ``recover`` makes of it.
 
-A backend whose changes go through ``nova_imagecache._fs`` and ``_exec``, or through modules with ``SEAMS`` of their own
-named in ``fault_modules``, is tried at each of its steps. One whose steps cannot be seen is only tried as a whole.
+A backend whose changes go through modules with ``SEAMS``, its own or those that ``fault_modules`` names, is tried at
+each of its steps. One whose steps cannot be seen is only tried as a whole, and the tests of single steps say so.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
-from nova_imagecache._models import BaseImage, RootDisk
+from nova_imagecache._models import BaseImage
 from nova_imagecache.backends import Backend, BackendPaths
 from nova_imagecache.exceptions import BaseNotFoundError, DiskExistsError, ImageCacheError
 from nova_imagecache.testing._contract_kit import DISK_SIZE, MIB, ContractKit, promise, same
-from nova_imagecache.testing._faults import DEFAULT_MODULES, FaultPlan, When
-from nova_imagecache.testing._promises import chapter
+from nova_imagecache.testing._faults import FaultPlan, When
+from nova_imagecache.testing._promises import at_place, chapter
+from nova_imagecache.testing._steps import Steps, traced, watched_modules
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,62 +30,13 @@ ACTIONS = ("publish", "create", "remove", "resize", "flatten", "attach", "attach
 MAY_LACK_DISK = ("publish", "create", "remove", "purge")
 
 
-@chapter("recovery", "backends.Backend.recover", "backends.Backend.close")
-class RecoveryContract(ContractKit):
-    """``recover`` sweeps what is dead and nothing else."""
-
-    def test_recover_on_clean_storage(self, backend: Backend) -> None:
-        """Where nothing died, nothing is swept."""
-        same(self._removed(backend), (), "recover on empty storage removes nothing")
-        base = self.publish(backend, "img")
-        backend.mark_unused(base, 1_700_000_000.0)
-        disk = self.create(backend, base)
-        self.create(backend, base, "flat")
-        backend.flatten_root_disk("flat", "disk")
-        before = (backend.find_base("img"), list(backend.iter_bases()), self._disks(backend))
-        report = backend.recover()
-        same(report.removed, (), "recover where nothing died removes nothing")
-        same(report.failed, {}, "recover where nothing died fails nowhere")
-        after = (backend.find_base("img"), list(backend.iter_bases()), self._disks(backend))
-        same(after, before, "recover leaves bases, marks and disks alone")
-        same(self.base_bytes(backend, base), self.sample(backend).stored, "recover leaves a base's bytes alone")
-        self.check_disk(backend, disk, self.sample(backend), "recover leaves a disk's bytes alone")
-        self.check_users(backend, base, 1, "recover leaves the users of a base alone")
-
-    def test_recover_leaves_the_living_alone(self, backend: Backend, paths: BackendPaths) -> None:
-        """What a live process works on stays, whoever recovers."""
-        sample = self.sample(backend)
-        writer = self.stage(backend, "img", sample)
-        other = self.make_backend(paths)
-        for observer in (backend, other):
-            same(self._removed(observer), (), "recover leaves a live writer alone")
-        base = writer.publish(self.record("img", sample))
-        same(self.base_bytes(backend, base), sample.stored, "a writer publishes all its bytes after a recover")
-        other.close()
-
-    def test_close(self, paths: BackendPaths) -> None:
-        """``close`` loses nothing."""
-        backend = self.make_backend(paths)
-        self.publish(backend, "img")
-        backend.close()
-        other = self.make_backend(paths)
-        found = other.find_base("img")
-        promise(found and self.base_bytes(other, found) == self.sample(other).stored, "close loses nothing")
-        other.close()
-
-    def _removed(self, backend: Backend) -> tuple[str, ...]:
-        return backend.recover().removed
-
-    def _disks(self, backend: Backend) -> list[RootDisk]:
-        return sorted(backend.iter_root_disks(), key=lambda disk: (disk.disk_id, disk.name))
-
-
 @chapter("crashes", "backends.Backend.recover", "backends.BaseWriter.publish", "backends.Backend.create_root_disk")
 class CrashContract(ContractKit):
     """Every operation, disturbed at each of its steps: afterwards everything that is there is whole."""
 
-    fault_modules: ClassVar[tuple[str, ...]] = DEFAULT_MODULES
-    """The modules whose ``SEAMS`` are this backend's steps; () where they cannot be seen."""
+    fault_modules: ClassVar[tuple[str, ...] | None] = None
+    """The modules whose ``SEAMS`` are this backend's steps. None: the library's own, and those of the backend's package
+    that are imported and have ``SEAMS``. (): the steps cannot be seen, and the tests of single steps are skipped."""
 
     actions: ClassVar[tuple[str, ...]] = ACTIONS
     """The operations to disturb. One more class for an option that changes little may name fewer."""
@@ -97,44 +49,54 @@ class CrashContract(ContractKit):
 
     def test_steps_can_be_seen(self, tmp_path: Path) -> None:
         """Steps that change storage go through ``SEAMS`` of the ``fault_modules``, so that each can be tried."""
-        for action in ("publish", "create") if self.fault_modules else ():
-            words = f"{action} takes no step in {self.fault_modules}; name the modules that change your storage"
-            promise(self._step_names(action, tmp_path / action), words)
+        for action in ("publish", "create"):
+            steps = self._steps(action, tmp_path / action)
+            if self.fault_modules == ():
+                pytest.skip(steps.unseen)
+            promise(not steps.unseen, steps.unseen)
 
     def test_failure_at_each_step(self, action: str, tmp_path: Path) -> None:
         """A step that fails (disk full) leaves everything whole, the same call works again, and all can be tidied."""
-        for step, name in enumerate(self._step_names(action, tmp_path)):
-            backend = self.make_backend(self._prepared(action, tmp_path / f"{step}"))
-            with FaultPlan(self.fault_modules).fail(step), suppress(OSError, ImageCacheError):
-                self._act(action, backend)
+        steps = self._seen_steps(action, tmp_path)
+        undisturbed = self._kept_undisturbed(action, tmp_path / "undisturbed")
+        for step, name in enumerate(steps.names):
             words = f"after {action} failed at step {name}"
-            if action == "restore":
-                # what gives the name back has itself failed: recover gives it back
+            with at_place(words):
+                paths = self._prepared(action, tmp_path / f"{step}")
+                backend = self.make_backend(paths)
+                with steps.plan().fail(step), suppress(OSError, ImageCacheError):
+                    self._act(action, backend)
+                if action == "restore":
+                    # what gives the name back has itself failed: recover gives it back
+                    same(backend.recover().failed, {}, f"{words}: recover fails nowhere")
+                self._check_whole(action, backend, words)
+                self._act_again(action, backend)
                 same(backend.recover().failed, {}, f"{words}: recover fails nowhere")
-            self._check_whole(action, backend, words)
-            self._act_again(action, backend)
-            same(backend.recover().failed, {}, f"{words}: recover fails nowhere")
-            self._check_goes_on(backend, words)
-            backend.close()
+                self._check_goes_on(backend, words)
+                self._check_nothing_kept(backend, paths, undisturbed, words)
+                backend.close()
 
     def test_death_at_each_step(self, action: str, tmp_path: Path) -> None:
         """A process that dies at a step leaves everything whole, and nothing that ``recover`` does not sweep."""
         if not self.forks:
             pytest.skip("this storage is not seen by forked children")
-        names = self._step_names(action, tmp_path)
-        moments: list[tuple[int, When]] = [(step, "before") for step in range(len(names))]
-        moments += [(len(names) - 1, "after")] if names else []
+        steps = self._seen_steps(action, tmp_path)
+        undisturbed = self._kept_undisturbed(action, tmp_path / "undisturbed")
+        moments: list[tuple[int, When]] = [(step, "before") for step in range(len(steps.names))]
+        moments += [(len(steps.names) - 1, "after")] if steps.names else []
         for step, when in moments:
-            paths = self._prepared(action, tmp_path / f"{when}-{step}")
-            self.act_in_child(action, paths, FaultPlan(self.fault_modules).kill(step, when=when))
-            self._check_recovered(action, paths, f"after {action} died {when} step {names[step]}")
+            words = f"after {action} died {when} step {steps.names[step]}"
+            with at_place(words):
+                paths = self._prepared(action, tmp_path / f"{when}-{step}")
+                self.act_in_child(action, paths, steps.plan().kill(step, when=when))
+                self._check_recovered(action, paths, undisturbed, words)
 
     def test_death_while_staging(self, paths: BackendPaths) -> None:
         """What a dead process had staged is invisible, and swept once."""
         if not self.forks:
             pytest.skip("this storage is not seen by forked children")
         before = self._measure(paths)
-        self.act_in_child("stage", paths, FaultPlan(self.fault_modules))
+        self.act_in_child("stage", paths, FaultPlan(self.fault_modules or ()))
         backend = self.make_backend(paths)
         same(backend.find_base("img"), None, "what a dead process had staged is not found")
         promise(backend.recover().removed, "recover names what it swept")
@@ -237,13 +199,31 @@ class CrashContract(ContractKit):
         with suppress(BaseNotFoundError, DiskExistsError):
             self._act(action, backend)
 
-    def _step_names(self, action: str, tmp_path: Path) -> list[str]:
+    def _steps(self, action: str, tmp_path: Path) -> Steps:
         tmp_path.mkdir(exist_ok=True)
         backend = self.make_backend(self._prepared(action, tmp_path / "trace"))
-        with FaultPlan(self.fault_modules) as plan:
+        with FaultPlan(watched_modules(backend, self.fault_modules)) as plan:
             self._act(action, backend)
         backend.close()
-        return [str(step) for step in plan.trace]
+        return traced(action, backend, self.fault_modules, plan.trace)
+
+    def _seen_steps(self, action: str, tmp_path: Path) -> Steps:
+        steps = self._steps(action, tmp_path)
+        if steps.unseen:
+            pytest.skip(steps.unseen)
+        return steps
+
+    def _kept_undisturbed(self, action: str, directory: Path) -> int:
+        """The bytes that stay on the storage when the action was not disturbed and all is gone again."""
+        words = f"after {action} that nothing disturbed"
+        with at_place(words):
+            paths = self._prepared(action, directory)
+            backend = self.make_backend(paths)
+            self._act(action, backend)
+            self._check_goes_on(backend, words)
+            backend.recover()
+            backend.close()
+        return sum(self.kept(paths).values())
 
     def _measure(self, paths: BackendPaths) -> int:
         backend = self.make_backend(paths)
@@ -253,7 +233,7 @@ class CrashContract(ContractKit):
 
     # --- what must hold
 
-    def _check_recovered(self, action: str, paths: BackendPaths, words: str) -> None:
+    def _check_recovered(self, action: str, paths: BackendPaths, undisturbed: int, words: str) -> None:
         backend = self.make_backend(paths)
         report = backend.recover()
         same(report.failed, {}, f"{words}: recover fails nowhere")
@@ -272,6 +252,7 @@ class CrashContract(ContractKit):
         self._check_whole(action, backend, words)
         self._act_again(action, backend)
         self._check_goes_on(backend, words)
+        self._check_nothing_kept(backend, paths, undisturbed, words)
         backend.close()
 
     def _check_whole(self, action: str, backend: Backend, words: str) -> None:
@@ -300,6 +281,17 @@ class CrashContract(ContractKit):
         self.check_users(backend, base, 0, f"{words}: a removed disk is no user")
         backend.purge_base(backend.retire_base(base))
         same(backend.find_base("img"), None, f"{words}: the base can be removed")
+
+    def _check_nothing_kept(self, backend: Backend, paths: BackendPaths, undisturbed: int, words: str) -> None:
+        """When bases and disks are gone, nothing as large as a base's data stays beyond what always does."""
+        backend.recover()
+        kept = self.kept(paths)
+        more = sum(kept.values()) - undisturbed
+        largest = max(kept, key=lambda name: kept[name], default="")
+        promise(
+            more < self.sample(backend).data,
+            f"{words}: no base's bytes stay when base and disk are gone: {more} bytes do; the largest is {largest}",
+        )
 
     def _base(self, backend: Backend) -> BaseImage:
         found = backend.find_base("img")

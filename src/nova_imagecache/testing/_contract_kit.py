@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import os
 import subprocess
 import tempfile
 import threading
@@ -144,6 +145,17 @@ class ContractKit(abc.ABC):
         """Names that a root disk which is not there has left behind, apart from an empty directory of its own."""
         directory = paths.disks_dir / disk_id
         return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+    def kept(self, paths: BackendPaths) -> dict[str, int]:
+        """What the storage holds, by name, and the bytes that each takes. The default: all files below ``paths``."""
+        found: dict[tuple[int, int], tuple[str, int]] = {}
+        for top in (paths.root, paths.disks_dir):
+            for directory, _, names in os.walk(top):
+                for path in (Path(directory, name) for name in names):
+                    status = path.lstat()
+                    label = str(path.relative_to(top.parent))
+                    found[status.st_dev, status.st_ino] = (label, status.st_blocks * 512)
+        return dict(found.values())
 
     # --- hooks that may be left out: their tests are skipped, and say so
 

@@ -19,7 +19,7 @@ from nova_imagecache.exceptions import BaseInUseError, BaseNotFoundError, DiskEx
 from nova_imagecache.testing._contract_crash import CrashContract
 from nova_imagecache.testing._contract_kit import promise, same
 from nova_imagecache.testing._faults import FaultPlan
-from nova_imagecache.testing._promises import chapter
+from nova_imagecache.testing._promises import at_place, chapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,31 +68,33 @@ class RaceContract(CrashContract):
         """A removal by two looks may come at any step of a creation: either it sees the disk, and the base stays for a
         whole disk; or the creation sees that the base is gone, and makes none."""
         for words, backend, meeting in self._meetings("create", tmp_path):
-            with meeting as answers, suppress(BaseInUseError):
-                self.remove_by_two_looks(backend)
-            disk = backend.get_root_disk("vm", "disk")
-            if answers == [None]:
-                promise(disk, f"{words}: a disk that was made is there")
-            else:
-                promise(isinstance(answers[0], BaseNotFoundError), f"{words}: creation fails with {answers[0]!r}")
-                same(disk, None, f"{words}: a disk that was refused is not there")
-            self._check_whole("create", backend, words)
-            base = backend.find_base("img")
-            if disk is not None and disk.reference != "none":
-                promise(base, f"{words}: the base of a disk that was made stays; whoever removes it sees its user")
-            if disk is not None and base is not None:
-                self.check_users(backend, base, 1, f"{words}: the disk is a user of the base that stayed")
+            with at_place(words):
+                with meeting as answers, suppress(BaseInUseError):
+                    self.remove_by_two_looks(backend)
+                disk = backend.get_root_disk("vm", "disk")
+                if answers == [None]:
+                    promise(disk, f"{words}: a disk that was made is there")
+                else:
+                    promise(isinstance(answers[0], BaseNotFoundError), f"{words}: creation fails with {answers[0]!r}")
+                    same(disk, None, f"{words}: a disk that was refused is not there")
+                self._check_whole("create", backend, words)
+                base = backend.find_base("img")
+                if disk is not None and disk.reference != "none":
+                    promise(base, f"{words}: the base of a disk that was made stays; whoever removes it sees its user")
+                if disk is not None and base is not None:
+                    self.check_users(backend, base, 1, f"{words}: the disk is a user of the base that stayed")
 
     @pytest.mark.parametrize("work", ["publish", "create"])
     def test_recover_at_each_step(self, work: str, tmp_path: Path) -> None:
         """``recover`` may come at any step of live work, from any process, and the work succeeds all the same."""
         for words, backend, meeting in self._meetings(work, tmp_path):
-            with meeting as answers:
-                same(backend.recover().failed, {}, f"{words}: recover fails nowhere")
-            same(answers, [None], f"{words}: recover leaves live work alone")
-            promise(backend.find_base("img"), f"{words}: the base is there")
-            promise(work == "publish" or backend.get_root_disk("vm", "disk"), f"{words}: the disk is there")
-            self._check_whole(work, backend, words)
+            with at_place(words):
+                with meeting as answers:
+                    same(backend.recover().failed, {}, f"{words}: recover fails nowhere")
+                same(answers, [None], f"{words}: recover leaves live work alone")
+                promise(backend.find_base("img"), f"{words}: the base is there")
+                promise(work == "publish" or backend.get_root_disk("vm", "disk"), f"{words}: the disk is there")
+                self._check_whole(work, backend, words)
 
     def test_publishers_in_processes(self, paths: BackendPaths) -> None:
         """Of many processes that publish one image at once, one wins; what is found is all one's."""
@@ -135,18 +137,16 @@ class RaceContract(CrashContract):
     def _meetings(self, work: str, tmp_path: Path) -> Iterator[tuple[str, Backend, AbstractContextManager[_Answers]]]:
         """For each step of the work: words for it, a backend that acts meanwhile, and a block in which the work is held
         there; after the block its only answer is None, or the error it ended with."""
-        names = self._step_names(work, tmp_path)
-        if not names:
-            pytest.skip("no steps of this backend can be seen: see fault_modules")
-        for step, name in enumerate(names):
+        steps = self._seen_steps(work, tmp_path)
+        for step, name in enumerate(steps.names):
             paths = self._prepared(work, tmp_path / f"{step}")
             worker, other = self.make_backend(paths), self.make_backend(paths)
-            yield f"met at step {name} of {work}", other, self._held(work, worker, step)
+            yield f"met at step {name} of {work}", other, self._held(work, worker, steps.plan(), step)
             worker.close()
             other.close()
 
     @contextmanager
-    def _held(self, work: str, worker: Backend, step: int) -> Iterator[_Answers]:
+    def _held(self, work: str, worker: Backend, plan: FaultPlan, step: int) -> Iterator[_Answers]:
         answers: _Answers = []
 
         def run() -> None:
@@ -157,7 +157,7 @@ class RaceContract(CrashContract):
             else:
                 answers.append(None)
 
-        with FaultPlan(self.fault_modules) as plan:
+        with plan:
             pause = plan.pause(step)
             thread = threading.Thread(target=run)
             thread.start()

@@ -41,12 +41,14 @@ class Step:
     """One change of the outside world: the ``index``-th of the plan, the ``nth`` of its ``name`` ("fs.rename").
 
     ``targets`` are the paths it was called with (of a descriptor: the file's), or the beginning of a command line.
+    ``module`` is the one whose ``SEAMS`` name it.
     """
 
     index: int
     name: str
     nth: int
     targets: tuple[str, ...] = ()
+    module: str = ""
 
     def __str__(self) -> str:
         return "-".join([f"{self.index:02d}", self.name, *(Path(target).name for target in self.targets)])
@@ -221,7 +223,7 @@ class FaultPlan:
             for name in module.SEAMS:
                 original = getattr(module, name)
                 self._originals.append((module, name, original))
-                setattr(module, name, self._wrapped(f"{prefix}.{name}", original))
+                setattr(module, name, self._wrapped(module.__name__, f"{prefix}.{name}", original))
         return self
 
     def __exit__(
@@ -235,10 +237,10 @@ class FaultPlan:
                 pause.release()
         FaultPlan._active = None
 
-    def _wrapped(self, step_name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrapped(self, module: str, step_name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def step(*args: Any, **kwargs: Any) -> Any:
-            due = self._count(step_name, _targets((*args, *kwargs.values())))
+            due = self._count(module, step_name, _targets((*args, *kwargs.values())))
             self._strike(due, "before")
             result = original(*args, **kwargs)
             self._strike(due, "after")
@@ -246,11 +248,11 @@ class FaultPlan:
 
         return step
 
-    def _count(self, name: str, targets: tuple[str, ...]) -> list[int]:
+    def _count(self, module: str, name: str, targets: tuple[str, ...]) -> list[int]:
         # decided under the lock, acted upon outside: a held thread must not hold the others
         with self._lock:
             nth = self._counts[name] = self._counts.get(name, 0) + 1
-            made = Step(index=len(self._trace), name=name, nth=nth, targets=targets)
+            made = Step(index=len(self._trace), name=name, nth=nth, targets=targets, module=module)
             self._trace.append(made)
             return [index for index, (fault, _, _) in enumerate(self._faults) if self._is_due(index, fault, made)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,7 +11,7 @@ from nova_imagecache.backends import Backend
 from nova_imagecache.exceptions import ImageCacheError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 CONTRACT_VERSION = Backend.api_version
 """The version of the contracts that the suites test: the ``api_version`` of the interface that makes these promises.
@@ -99,6 +100,17 @@ def promise(kept: object, words: str) -> None:
     """AssertionError in ``words`` unless the promise was kept."""
     if not kept:
         raise AssertionError(f"broken promise: {words}")
+
+
+@contextmanager
+def at_place(words: str) -> Iterator[None]:
+    """Whatever the block raises says in a note where that was, unless its own words do."""
+    try:
+        yield
+    except Exception as err:  # reason: it goes on as it is, with words
+        if words not in str(err):
+            err.add_note(words)
+        raise
 
 
 def same(actual: object, expected: object, words: str) -> None:

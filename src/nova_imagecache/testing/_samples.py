@@ -13,6 +13,7 @@ from pathlib import Path
 from nova_imagecache.backends import BaseRecord, Digest
 
 MIB = 2**20
+BLOCK = 4096
 GUEST_SIZE = 3 * MIB
 DISK_SIZE = GUEST_SIZE + MIB
 
@@ -24,6 +25,12 @@ class Sample:
     format: str
     stored: bytes
     guest: bytes
+
+    @property
+    def data(self) -> int:
+        """Bytes that it takes on storage where no hole is written: those of its blocks that are not all zeros."""
+        blocks = (self.stored[start : start + BLOCK] for start in range(0, len(self.stored), BLOCK))
+        return sum(BLOCK for block in blocks if block.strip(b"\0"))
 
 
 @functools.cache
