@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import subprocess
 import sys
@@ -11,15 +12,20 @@ from pathlib import Path
 
 import pytest
 
+from nova_imagecache import CacheConfig, ImageCache
 from nova_imagecache.backends import (
+    BackendPaths,
     BaseImage,
     BaseRecord,
     BaseWriter,
     Digest,
     dump_record,
     hold,
+    load_record,
+    new_entry,
     read_record,
 )
+from nova_imagecache.testing import FakeSource, MemoryBackend
 
 RECORD = BaseRecord(
     image_id="img",
@@ -55,6 +61,11 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_record(tmp_path / "record") == RECORD
 
 
+def test_a_record_need_not_be_a_file() -> None:
+    """An attribute, a row, an object: bytes are enough."""
+    assert load_record(dump_record(RECORD), "vms/base.img") == RECORD
+
+
 @pytest.mark.parametrize("place", ["missing", "missing/record", "file/record"])
 def test_a_record_that_is_not_there_is_none(place: str, tmp_path: Path) -> None:
     """So that looking for a base is one call."""
@@ -72,7 +83,9 @@ def test_a_damaged_record_is_logged_and_left_out(
     (tmp_path / "record").write_bytes(damaged)
     with caplog.at_level(logging.WARNING):
         assert read_record(tmp_path / "record") is None
+        assert load_record(damaged, "vms/base.img") is None
     assert str(tmp_path / "record") in caplog.text
+    assert "vms/base.img is left alone" in caplog.text
 
 
 def test_a_record_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
@@ -80,6 +93,22 @@ def test_a_record_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "record").mkdir()
     with pytest.raises(IsADirectoryError):
         read_record(tmp_path / "record")
+
+
+def test_staging_is_shared_with_the_core(tmp_path: Path) -> None:
+    """What nobody holds goes, whoever made it; other names in the root are the backend's."""
+    cache = ImageCache(CacheConfig(root=tmp_path), source=FakeSource(), backend=MemoryBackend())
+    cache.recover()
+    held = new_entry(tmp_path / "staging", "mine", 0o700)
+    (tmp_path / "staging" / "mine-too").mkdir()
+    (tmp_path / "index").mkdir()
+    assert cache.recover().removed == ("staging/mine-too",)
+    assert held.path.is_dir()
+    held.release()
+    assert cache.recover().removed == (f"staging/{held.path.name}",)
+    assert (tmp_path / "index").is_dir()
+    documented = inspect.getdoc(BackendPaths) or ""
+    assert all(f"``{path.name}``" in documented for path in tmp_path.iterdir() if path.name != "index")
 
 
 def test_a_writer_with_a_path_inherits_the_rest(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ checked ids, names and sizes, holds the locks that save work, and converts forma
 threads at once. It raises the errors named here; anything else it raises reaches the caller as ``BackendError`` that
 names it. After a crash at any moment, ``recover`` leaves no half-made thing behind.
 
-Two things an author need not write anew: ``dump_record`` and ``read_record`` turn a base's record into bytes and back;
-``new_entry`` makes a directory that this process holds until it ends, however it ends, and ``hold`` tells ``recover``
-which of them nobody holds any more.
+Two things an author need not write anew: ``dump_record`` turns a base's record into bytes, ``load_record`` bytes and
+``read_record`` a file into a record; ``new_entry`` makes a directory that this process holds until it ends, however it
+ends, and ``hold`` tells ``recover`` which of them nobody holds any more.
 
 Entry-point group: ``nova_imagecache.backends``. Test with ``nova_imagecache.testing.BackendContract``.
 """
@@ -101,6 +101,7 @@ __all__ = [
     "UsersUnknownError",
     "dump_record",
     "hold",
+    "load_record",
     "new_entry",
     "read_record",
 ]
@@ -108,15 +109,25 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 
+def load_record(data: bytes, place: str) -> BaseRecord | None:
+    """The record in bytes that ``dump_record`` made; None: it cannot be read, which is logged.
+
+    ``place`` is where the bytes were, for the log: a path, a key, an object's name.
+    """
+    try:
+        return load_base(data)
+    except RecordError as err:
+        _log.warning("%s is left alone: the record cannot be read: %s", place, err)
+        return None
+
+
 def read_record(path: Path) -> BaseRecord | None:
     """The record in a file that ``dump_record`` made; None: it is not there, or cannot be read, which is logged."""
     try:
-        return load_base(path.read_bytes())
+        data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except RecordError as err:
-        _log.warning("%s is left alone: the record cannot be read: %s", path, err)
-        return None
+    return load_record(data, str(path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +151,13 @@ class BackendProperties:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendPaths:
-    """Where a backend may keep files: all of ``root``, and one directory per disk id in ``disks_dir``.
+    """Where a backend may keep files: ``root``, and one directory per disk id in ``disks_dir``.
+
+    In ``root`` the core keeps ``CACHEDIR.TAG``, ``cache.json``, ``pins``, ``locks`` and ``staging``; by default
+    ``disks_dir`` is ``disks`` in it. All other names are the backend's. ``staging`` is for both, so long as each entry
+    is made with ``new_entry(root / "staging", ...)`` and held while it is in use: ``ImageCache.recover`` removes every
+    entry that nobody holds, after the backend's own ``recover``. What shall outlive its maker stands elsewhere. The
+    core makes its own names on first use; a backend alone, as in its tests, makes what it needs.
 
     ``group`` (a group name): bases are readable by it and by nobody else; None: by everyone who knows the image id.
     ``qemu_user``: the user that must be able to read a base; ``check`` says when it cannot.
