@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from nova_imagecache import _entries, _fs, _qcow2
 from nova_imagecache.backends import RecoveryReport
-from nova_imagecache.backends._disks import FileDisks, is_foreign
+from nova_imagecache.backends._disks import FileDisks
 from nova_imagecache.backends._references import UNFINISHED, finish, is_unfinished, leads_to, made_at, refers_to
+from nova_imagecache.backends._ties import is_foreign
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
