@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from datetime import datetime, timedelta
+from typing import TypeVar
 
-from nova_imagecache._models import round_up
+from nova_imagecache._models import Digest, round_up
 from nova_imagecache.exceptions import InvalidRequestError
+
+_T = TypeVar("_T")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}", re.ASCII)
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,31}", re.ASCII)
@@ -34,6 +38,34 @@ def _identifier(value: object, what: str) -> str:
         shown = repr(value)[:80]
         todo = "Use 1 to 127 of A-Z a-z 0-9 . _ - beginning with a letter or digit"
         raise InvalidRequestError(f"{what} {shown} cannot be used", stage="arguments", todo=todo)
+    return value
+
+
+def several(values: Iterable[_T], what: str) -> tuple[_T, ...]:
+    """All the values of a list or another iterable. A single text, whose letters would pass for values, is none."""
+    if not _is_list(values):
+        todo = "Give a list, also for one alone"
+        raise InvalidRequestError(f"{what} {values!r:.80} is no list", stage="arguments", todo=todo)
+    return tuple(values)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes)
+
+
+def expect(value: object) -> None:
+    """Refuse what is neither the digest that an image must have nor None, for any."""
+    if value is not None and not isinstance(value, Digest):
+        todo = 'Give a Digest("sha512", "<hexadecimal digits>")'
+        raise InvalidRequestError(f"expect {value!r:.80} is no Digest", stage="arguments", todo=todo)
+
+
+def deadline(value: float | None) -> float | None:
+    """Seconds from now, not below 0; None: no deadline."""
+    # NaN is no time either
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
+        todo = "Give seconds from now, a number from 0 up"
+        raise InvalidRequestError(f"deadline {value!r:.80} cannot be used", stage="arguments", todo=todo)
     return value
 
 

@@ -85,6 +85,7 @@ class ImageCache:
             BackendNotFoundError: no plug-in of that name; lists those that are there.
             ConfigError: plug-ins refuse their options; ``problems`` lists all that is wrong with either's.
             BackendError, SourceError: a plug-in cannot be loaded.
+            InvalidRequestError: ``user_finders`` is no list.
         """
         problems: list[str] = []
         backend = _plugins.unless_refused(
@@ -136,7 +137,7 @@ class ImageCache:
         at once, on this host, one fetches.
 
         Raises:
-            InvalidRequestError: the id cannot be used.
+            InvalidRequestError: the id, ``expect`` or ``deadline`` cannot be used.
             ImageNotFoundError, ImageNotActiveError, ImageRejectedError, ImageCorruptError, SourceForbiddenError,
             SourceUnavailableError: the image cannot be had, or is refused. Nothing is left behind.
             NoSpaceError, BackendError, LockTimeoutError, DeadlineError, CancelledError.
@@ -158,7 +159,12 @@ class ImageCache:
         """The outcome for every image, in the order given; one failure stops no other.
 
         ``max_concurrent_fetches`` are brought in at once. ``progress`` tells images apart by their id.
+
+        Raises:
+            InvalidRequestError: ``image_ids`` is a single text or no iterable at all, or ``deadline`` cannot be used.
         """
+        _args.deadline(deadline)
+        wanted = _args.several(image_ids, "image_ids")
 
         def one(image_id: str) -> EnsureResult:
             try:
@@ -170,7 +176,7 @@ class ImageCache:
         from concurrent.futures import ThreadPoolExecutor
 
         with ThreadPoolExecutor(self._engine.config.max_concurrent_fetches, "ensure") as pool:
-            return list(pool.map(one, image_ids))
+            return list(pool.map(one, wanted))
 
     # --- root disks
 
@@ -409,10 +415,14 @@ class ImageCache:
         """What ``cleanup`` would do now, and why, for every base; changes nothing.
 
         ``max_idle`` is a timedelta or seconds (None: the configuration's); ``in_use`` are image ids to keep.
+
+        Raises:
+            InvalidRequestError: ``in_use`` is a single text or no iterable at all, or holds what is no image id.
         """
+        kept = frozenset(_args.image_id(one) for one in _args.several(in_use, "in_use"))
         self._engine.root.prepare()
         seconds = _args.seconds(self._engine.config.max_idle if max_idle is None else max_idle)
-        return self._engine.passes.plan(max_idle=seconds, in_use=frozenset(_args.image_id(one) for one in in_use))
+        return self._engine.passes.plan(max_idle=seconds, in_use=kept)
 
     def cleanup(self, plan: CleanupPlan | None = None) -> CleanupReport:
         """Carry out a plan (None: one made now). Every base is looked at again before it goes.

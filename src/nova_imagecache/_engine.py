@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nova_imagecache import _entries, _users, _verify
+from nova_imagecache import _args, _entries, _users, _verify
 from nova_imagecache._fetch import Fetcher
 from nova_imagecache._flight import Flights, Leader
 from nova_imagecache._guard import GuardedBackend, GuardedSource
@@ -46,13 +46,21 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """What one call that may bring an image in was told; ImageCache says what each means."""
+    """What one call that may bring an image in was told; ImageCache says what each means.
+
+    Raises:
+        InvalidRequestError: ``expect`` or ``deadline`` cannot be used.
+    """
 
     source: ImageSource | None
     expect: Digest | None
     deadline: float | None
     cancel: threading.Event | None
     progress: Callable[[Progress], None] | None
+
+    def __post_init__(self) -> None:
+        _args.expect(self.expect)
+        _args.deadline(self.deadline)
 
     def watch(self, image_id: str) -> Watch:
         """The call's deadline, cancel and progress, from now on."""
@@ -75,7 +83,7 @@ class Engine:
         self.config = config
         self.source = GuardedSource(source)
         self.backend = GuardedBackend(config.backend, backend)
-        self.finders = tuple(finders)
+        self.finders = _args.several(finders, "user_finders")
         self.clock = clock
         self.paths = paths(config)
         self.root = Root(config.root, backend.properties.storage, group=config.group)

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from nova_imagecache._models import Progress
-from nova_imagecache.exceptions import CancelledError, DeadlineError, InvalidRequestError
+from nova_imagecache.exceptions import CancelledError, DeadlineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,8 +35,6 @@ class Watch:
         cancel: threading.Event | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        if deadline is not None and not deadline >= 0:  # NaN is no time either
-            raise InvalidRequestError(f"deadline {deadline}: give seconds from now, 0 or more", image_id=image_id)
         self.image_id = image_id
         self._until = None if deadline is None else time.monotonic() + deadline
         self._cancel = cancel

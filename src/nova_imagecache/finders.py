@@ -38,8 +38,15 @@ class ImagesInUse:
         self._image_ids = image_ids
 
     def find(self, bases: Sequence[BaseImage]) -> Iterator[DiskUser]:
-        """A user without a name for each base whose image is in use."""
-        used = frozenset(self._image_ids())
+        """A user without a name for each base whose image is in use.
+
+        Raises:
+            UsersUnknownError: ``image_ids`` gave a single text instead of ids.
+        """
+        told = self._image_ids()
+        if isinstance(told, str | bytes):  # whose letters would pass for ids
+            raise UsersUnknownError(f"image_ids gave {told!r:.80}, which is no list of image ids")
+        used = frozenset(told)
         for image_id in dict.fromkeys(base.image_id for base in bases):
             if image_id in used:
                 yield DiskUser(image_id=image_id, known_by=self.name)

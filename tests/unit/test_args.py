@@ -13,6 +13,7 @@ import pytest
 
 from nova_imagecache import CacheConfig, ImageCache, _args
 from nova_imagecache.exceptions import InvalidRequestError
+from nova_imagecache.finders import ImagesInUse
 from nova_imagecache.testing import FakeImage, FakeSource, MemoryBackend
 
 BAD_IDS: list[Any] = [
@@ -157,6 +158,7 @@ def test_values_that_are_no_points_in_time_are_refused(value: Any) -> None:
 BAD_NAMES: list[Any] = ["", "../x", "a/b", "a\0", "Disk", "x" * 1024, "ä", "disk.base", "disk.json", None]
 BAD_SIZES: list[Any] = [0, -512, True, "20G", 1.5, 1 << 63]
 BAD_TIMES: list[Any] = ["soon", True, math.nan]
+BAD_LISTS: list[Any] = ["md", b"md", "", 7]
 BAD_DURATIONS: list[Any] = [-1, math.nan, "24h", True]
 BAD: dict[str, list[Any]] = {
     "image_id": BAD_IDS,
@@ -167,12 +169,15 @@ BAD: dict[str, list[Any]] = {
     "size": BAD_SIZES,
     "until": BAD_TIMES,
     "max_idle": BAD_DURATIONS,
-    "in_use": [[bad] for bad in BAD_IDS],
+    "in_use": [*([bad] for bad in BAD_IDS), *BAD_LISTS],
+    "image_ids": BAD_LISTS,
+    "expect": ["abc", "sha256:" + "0" * 64, b"abc", {"sha256": "0" * 64}],
+    "deadline": ["10m", "10", -1, -0.001, math.nan, True, [1], datetime.now(UTC)],
     "path": ["kernel", "../kernel", "", "/nowhere/kernel"],
 }
 """What may not be handed in, by the parameter's name."""
 
-OTHERWISE = {"image_ids", "deadline", "source", "expect", "cancel", "progress", "plan", "static_mb"}
+OTHERWISE = {"source", "cancel", "progress", "plan", "static_mb"}
 """Parameters with tests of their own, here or elsewhere: values that never become a part of a path."""
 
 GOOD: dict[str, Any] = {
@@ -218,6 +223,14 @@ def test_every_public_method_judges_what_it_is_given(method: str, parameter: str
     assert source.gets == 0, "it was asked for an image"
     assert list(backend.iter_bases()) == []
     assert [path.name for path in tmp_path.rglob("*") if path.parent.name == "locks" or "kernel" in path.name] == []
+
+
+@pytest.mark.parametrize("finders", [ImagesInUse(lambda: ["md"]), "finders", None], ids=["one", "text", "none"])
+def test_finders_are_a_list(finders: Any, tmp_path: Path) -> None:
+    """Also one alone; whoever forgets it is told what to give."""
+    config = CacheConfig(root=tmp_path, source="directory", source_options={"path": str(tmp_path)})
+    with pytest.raises(InvalidRequestError, match=r"user_finders .* is no list .*Give a list"):
+        ImageCache.from_config(config, user_finders=finders)
 
 
 @pytest.mark.parametrize("value", BAD_IDS, ids=lambda value: repr(value)[:20])

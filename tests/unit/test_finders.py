@@ -620,6 +620,15 @@ def test_a_driver_that_says_a_generator(place: Place) -> None:
     assert cache.users("other") == []
 
 
+def test_a_driver_that_says_one_text_keeps_everything(place: Place) -> None:
+    """Its letters are no image ids: who forgets the list loses no base."""
+    with place.cache(ImagesInUse(lambda: "img")) as cache:
+        report = cache.cleanup(cache.plan_cleanup(max_idle=0))
+        assert (report.removed, set(report.kept)) == ((), {"img", "other"})
+        with pytest.raises(UsersUnknownError, match="no list of image ids"):
+            cache.users("img")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("database is away"), KeyError("x"), ConnectionResetError()])
 def test_a_driver_that_fails_keeps_everything(error: Exception, place: Place) -> None:
     """Unknown is not zero: nothing goes, by cleanup or by hand, and the reason is told."""
