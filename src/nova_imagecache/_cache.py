@@ -266,6 +266,7 @@ class ImageCache:
         Raises:
             DiskNotFoundError: there is no disk, or no record.
             DiskExistsError: the disk was made of other bytes.
+            DiskInUseError: somebody has it open, or it has snapshots, where it has to be made anew for that.
             whatever ``ensure_base`` raises.
         """
         call = Call(source=source, expect=expect, deadline=deadline, cancel=cancel, progress=progress)

@@ -16,7 +16,7 @@ from harness import places
 from harness import rbd as pool
 from harness.images import raw
 from nova_imagecache import CacheConfig, ImageCache
-from nova_imagecache.backends import _rados
+from nova_imagecache.backends import _rados, _rbd_going
 from nova_imagecache.testing import FakeSource
 from services import ceph_bindings
 from services.ceph import CephCluster
@@ -133,7 +133,7 @@ def test_half_states_of_the_trash(ceph: CephCluster, tmp_path: Path, state: int)
 
         rbd_id = backend.store.id_of("vm_disk")
         assert rbd_id is not None
-        backend._take_out(rbd_id, "vm_disk", why="removed")
+        backend._take_out(rbd_id, "vm_disk", _rbd_going.going())
         _half(ceph, "vm_disk", state)
         report = cache.recover()
         outcome = report.removed if state == MOVING else report.restored

@@ -15,7 +15,7 @@ import pytest
 from harness import rbd as pool
 from harness.images import raw
 from nova_imagecache import BackendError, CacheConfig, ImageCache
-from nova_imagecache.backends import _rados, _rbd_owner
+from nova_imagecache.backends import _rados, _rbd_going, _rbd_owner
 from nova_imagecache.backends._rados_errors import BusyError, NotThereError
 from nova_imagecache.backends._rbd_store import GOING, RECORD
 from nova_imagecache.backends.rbd import RbdBackend
@@ -129,7 +129,7 @@ def test_one_that_cannot_be_read_stops_no_other(ceph: CephCluster, cache: ImageC
         cache.create_root_disk("img", disk_id)
         rbd_id = backend.store.id_of(f"{disk_id}_disk")
         assert rbd_id is not None
-        backend._take_out(rbd_id, f"{disk_id}_disk", why="removed")
+        backend._take_out(rbd_id, f"{disk_id}_disk", _rbd_going.going())
     _, rbd = bindings()
     with ceph.pool("vms") as ioctx:
         [damaged] = [one["id"] for one in rbd.RBD().trash_list(ioctx) if one["name"] == "vm-1_disk"]

@@ -448,6 +448,7 @@ class Backend(abc.ABC):
         Raises:
             DiskNotFoundError: there is no disk, or no record that says of which image it is.
             DiskExistsError: the disk was made of other bytes than ``base`` holds.
+            DiskInUseError: the disk must be made anew for that, and somebody has it open or made snapshots of it.
             BaseNotFoundError: the base vanished meanwhile.
         """
 

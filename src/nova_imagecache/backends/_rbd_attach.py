@@ -13,6 +13,7 @@ from nova_imagecache.backends import (
     DiskNotFoundError,
     RootDisk,
     _rados,
+    _rbd_going,
     _rbd_look,
 )
 from nova_imagecache.backends._rados_errors import ExistsError, NotThereError, error_of
@@ -75,7 +76,7 @@ class AttachableDisks(RbdDisks):
             try:
                 new = self._clone(base, staging, final, disk.virtual_size)
                 with _rbd_look.opened_by_id(self.store.io, old) as source:
-                    _refuse_watched(source, disk)
+                    _refuse_used(source, disk)
                     with _rados.changing(self.store.io, image_id=new) as target:
                         _copy_differences(source, target, self.store.longest)
                 self._swap(old, new, staging, final)
@@ -87,7 +88,7 @@ class AttachableDisks(RbdDisks):
 
     def _swap(self, old: str, new: str, staging: str, final: str) -> None:
         try:
-            self._take_out(old, final, why="replaced")
+            self._take_out(old, final, _rbd_going.going(by=new))
             self.store.publish(new, staging, final)
         except BaseException:
             # nobody but us was told that it worked: the disk is the old one again
@@ -96,10 +97,14 @@ class AttachableDisks(RbdDisks):
             raise
 
 
-def _refuse_watched(image: Image, disk: RootDisk) -> None:
+def _refuse_used(image: Image, disk: RootDisk) -> None:
     if watchers := _rbd_look.watchers(image):
         detail = f"the root disk is in use (open at {', '.join(watchers)})"
         raise DiskInUseError(detail, disk_id=disk.disk_id, name=disk.name, stage="attach")
+    if snapshots := _rbd_look.snapshots(image):
+        # the new clone would not have them
+        detail, todo = f"the root disk is in use (snapshots: {', '.join(snapshots)})", "Remove its snapshots first"
+        raise DiskInUseError(detail, disk_id=disk.disk_id, name=disk.name, stage="attach", todo=todo)
 
 
 def _copy_differences(source: Image, target: Image, seconds: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from contextlib import suppress
@@ -20,6 +19,7 @@ from nova_imagecache.backends import (
     RbdLocation,
     RootDisk,
     _rados,
+    _rbd_going,
     _rbd_look,
 )
 from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError, RefusedError, SnapshotsError
@@ -43,6 +43,7 @@ class RbdDisks(RbdBases):
         final = disk_name(disk_id, name)
         if _rbd_look.named(self.store.io, final) is not None:
             raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name)
+        self._refuse_replaced(base.image_id, disk_id, name)
         with self.store.room(), self.store.staging(final) as staging:
             rbd_id = None
             try:
@@ -54,6 +55,22 @@ class RbdDisks(RbdBases):
                     raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name) from err
                 raise
         return self._told(disk_id, name, size, base.image_id)
+
+    def _refuse_replaced(self, image_id: str, disk_id: str, name: str) -> None:
+        """A disk whose attaching has not come to its end has no name, and is there all the same."""
+        for entry in _rbd_look.trash(self.store.io):
+            if entry.name != disk_name(disk_id, name):
+                continue
+            mark = _rbd_look.metadata_of(self.store.io, entry.image_id, GOING)
+            if mark is not None and _rbd_going.load(mark).why == "replaced":
+                raise DiskExistsError(
+                    "the disk exists: attaching it to another base has not ended, and it waits in the pool's trash",
+                    image_id=image_id,
+                    disk_id=disk_id,
+                    name=name,
+                    stage="clone",
+                    todo="Call recover, which gives it its name back once nobody has it open, and then again",
+                )
 
     def _clone(self, base: BaseImage, staging: str, final: str, size: int) -> str:
         """A clone of the base under a staging name, ``size`` bytes long, with its record; its id.
@@ -210,7 +227,7 @@ class RbdDisks(RbdBases):
         final, rbd_id = disk_name(disk_id, name), ""
         try:
             rbd_id = self.store.patiently(lambda: self._unused(disk_id, name))
-            self._take_out(rbd_id, final, why="removed")
+            self._take_out(rbd_id, final, _rbd_going.going())
             self.store.patiently(lambda: _rados.trash_remove(self.store.io, rbd_id))
         except NotThereError:  # it was not there, or somebody else removed it
             return
@@ -231,10 +248,10 @@ class RbdDisks(RbdBases):
                 raise BusyError(f"it is open at {', '.join(watchers)}")
             return image.id()
 
-    def _take_out(self, rbd_id: str, final: str, *, why: str) -> None:
+    def _take_out(self, rbd_id: str, final: str, mark: _rbd_going.Going) -> None:
         """Move a disk to the trash, marked so that ``recover`` knows what was meant."""
         with _rados.changing(self.store.io, image_id=rbd_id) as image:
-            _rados.set_metadata(image, GOING, json.dumps({"why": why, "at": time.time()}))
+            _rados.set_metadata(image, GOING, mark.dump())
         _rados.trash_move(self.store.io, final, 0)
 
     def _put_back(self, rbd_id: str, final: str) -> None:

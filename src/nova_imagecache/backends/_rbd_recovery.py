@@ -6,14 +6,21 @@ live one for ``osd_client_watch_timeout`` (30 s by default), and until then it i
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from nova_imagecache.backends import BackendError, RecoveryReport, Retired, UsersUnknownError, _rados, _rbd_look
+from nova_imagecache.backends import (
+    BackendError,
+    RecoveryReport,
+    Retired,
+    UsersUnknownError,
+    _rados,
+    _rbd_going,
+    _rbd_look,
+)
 from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError
 from nova_imagecache.backends._rbd_attach import AttachableDisks
 from nova_imagecache.backends._rbd_bases import TRASH
@@ -136,24 +143,29 @@ class RecoverableRbd(AttachableDisks):
         """A disk on its way out: finish that; one whose successor never came gets its place back."""
         if split_disk_name(entry.name) is None:
             return
-        going = self._note(entry.image_id, GOING)
-        if going is None:
-            if not self._headless(entry):
-                return  # somebody else moved it there, and may want it back
-        else:
-            why, at = _parsed(going)
-            if entry.moved_at - at > _PROMPT:
-                return
-            if self._watched(entry.image_id):
-                notes.alive.append(f"trash/{entry.name}")
-                return
-            named = self.store.id_of(entry.name)
-            if why == "replaced" and named in (None, entry.image_id):
-                self._put_back(entry.image_id, entry.name)
-                notes.restored.append(f"trash/{entry.name}")
-                return
-            if named == entry.image_id:
-                _rados.trash_move(self.store.io, entry.name, 0)
+        mark = self._note(entry.image_id, GOING)
+        if mark is None:
+            if self._headless(entry):  # else somebody else moved it there, and may want it back
+                self._empty_disk(entry, notes)
+            return
+        going = _rbd_going.load(mark)
+        if entry.moved_at - going.at > _PROMPT:
+            return
+        if self._watched(entry.image_id):
+            notes.alive.append(f"trash/{entry.name}")
+            return
+        named = self.store.id_of(entry.name)
+        if going.why == "replaced" and named in (None, entry.image_id):
+            self._put_back(entry.image_id, entry.name)
+            notes.restored.append(f"trash/{entry.name}")
+            return
+        if going.why == "replaced" and named != going.by:
+            raise _usurped(entry)
+        if named == entry.image_id:
+            _rados.trash_move(self.store.io, entry.name, 0)
+        self._empty_disk(entry, notes)
+
+    def _empty_disk(self, entry: Trashed, notes: _Notes) -> None:
         try:
             self.store.empty(entry.image_id, entry.name)
         except BusyError:
@@ -237,14 +249,10 @@ class RecoverableRbd(AttachableDisks):
             return False
 
 
-def _parsed(going: str) -> tuple[str, float]:
-    """Why and when a disk was moved to the trash.
-
-    Raises:
-        BackendError: that cannot be read.
-    """
-    try:
-        values = json.loads(going)
-        return str(values["why"]), float(values["at"])
-    except (ValueError, TypeError, KeyError) as err:
-        raise BackendError(f"its {GOING} cannot be read: {going[:80]!r}", todo="Remove or restore it by hand") from err
+def _usurped(entry: Trashed) -> BackendError:
+    """A disk was to be replaced, and what has its name is not known to hold its data."""
+    return BackendError(
+        f"attaching this root disk did not end, and the name {entry.name} leads to another disk: both are kept",
+        todo=f"Compare the two: rbd trash restore {entry.image_id} --image <a free name> gives this one a name; remove"
+        " the one that is not needed",
+    )

@@ -1,0 +1,185 @@
+"""Attaching a disk of RBD to another base: whatever ends it half-way, what the guest wrote is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import rbd as pool
+from harness.images import raw
+from nova_imagecache import BackendUnavailableError, CacheConfig, DiskExistsError, DiskInUseError, ImageCache
+from nova_imagecache.backends import _rados
+from nova_imagecache.backends._rbd_disks import RbdDisks
+from nova_imagecache.backends._rbd_store import GOING
+from nova_imagecache.backends.rbd import RbdBackend
+from nova_imagecache.testing import FakeSource
+from services.ceph import CephCluster
+from services.ceph_bindings import bindings
+
+pytestmark = pytest.mark.services
+
+MIB = 2**20
+WRITTEN = b"written by the guest"
+AT = 3 * MIB
+
+
+@pytest.fixture(autouse=True)
+def _empty(ceph: CephCluster) -> Iterator[None]:
+    pool.empty(ceph)
+    yield
+    pool.empty(ceph)
+
+
+@pytest.fixture
+def backend(ceph: CephCluster, tmp_path: Path) -> RbdBackend:
+    return pool.make_backend(ceph, tmp_path)
+
+
+@pytest.fixture
+def cache(ceph: CephCluster, backend: RbdBackend, tmp_path: Path) -> Iterator[ImageCache]:
+    """A cache with a disk "vm" in which a guest wrote, and whose base was brought in anew."""
+    with make_cache(tmp_path, backend) as made:
+        made.create_root_disk("img", "vm", size=4 * MIB)
+        with pool.opened(ceph, "vm_disk", read_only=False) as image:
+            image.write(WRITTEN, AT)
+        backend.quarantine_base(made.get_base("img"))
+        made.ensure_base("img")
+        yield made
+
+
+def make_cache(directory: Path, backend: RbdBackend) -> ImageCache:
+    config = CacheConfig(root=directory / "root", disks_dir=directory / "disks", backend="rbd")
+    return ImageCache(config, source=FakeSource({"img": raw("one").fake}), backend=backend)
+
+
+def guests(ceph: CephCluster) -> bytes:
+    """What is where the guest wrote."""
+    with pool.opened(ceph, "vm_disk") as image:
+        return bytes(image.read(AT, len(WRITTEN)))
+
+
+def stop_before(monkeypatch: pytest.MonkeyPatch, step: str, number: int = 1) -> None:
+    """The cluster is away from the ``number``-th of these steps on."""
+    true, calls = getattr(_rados, step), []
+
+    def away(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) >= number:
+            raise BackendUnavailableError("Ceph does not answer in time")
+        true(*arguments)
+
+    monkeypatch.setattr(_rados, step, away)
+
+
+def test_a_disk_without_its_name_is_there(
+    ceph: CephCluster, cache: ImageCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outage between the old disk's going and the new one's coming: no blank disk is made in its place."""
+    with monkeypatch.context() as outage:
+        stop_before(outage, "trash_restore")
+        with pytest.raises(BackendUnavailableError):
+            cache.attach_root_disk("img", "vm")
+    assert "vm_disk" not in pool.names(ceph)
+    with pytest.raises(DiskExistsError, match=r"has not ended.*Call recover"):
+        cache.create_root_disk("img", "vm", size=4 * MIB)
+    assert cache.create_root_disk("img", "vm-2", size=4 * MIB).disk_id == "vm-2"
+    report = cache.recover()
+    assert ("trash/vm_disk" in report.restored, report.failed) == (True, {})
+    cache.create_root_disk("img", "vm", size=4 * MIB)
+    assert guests(ceph) == WRITTEN
+    cache.attach_root_disk("img", "vm")
+    assert guests(ceph) == WRITTEN
+    cache.recover()
+    assert pool.names(ceph) == ["base.img", "vm-2_disk", "vm_disk"]
+
+
+def test_another_host_makes_the_disk_meanwhile(
+    ceph: CephCluster, cache: ImageCache, backend: RbdBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the moment in which the disk has no name it is refused, and attaching comes to its end."""
+    true_move, told = _rados.trash_move, []
+    with make_cache(tmp_path / "other", pool.make_backend(ceph, tmp_path / "other")) as other:
+        other.ensure_base("img")
+
+        def move(ioctx: Any, name: str, delay: int) -> None:
+            true_move(ioctx, name, delay)
+            if name == "vm_disk":
+                with pytest.raises(DiskExistsError) as refused:
+                    other.create_root_disk("img", "vm", size=4 * MIB)
+                told.append(refused.value.disk_id)
+
+        monkeypatch.setattr(_rados, "trash_move", move)
+        assert cache.attach_root_disk("img", "vm").reference == "clone"
+    assert told == ["vm"]
+    assert guests(ceph) == WRITTEN
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_disk_that_took_the_name_is_no_successor(
+    ceph: CephCluster, cache: ImageCache, monkeypatch: pytest.MonkeyPatch, *, older: bool
+) -> None:
+    """Where another disk has the name all the same, recover keeps both and says what to do."""
+    with monkeypatch.context() as outage:
+        stop_before(outage, "trash_restore")
+        with pytest.raises(BackendUnavailableError):
+            cache.attach_root_disk("img", "vm")
+    with monkeypatch.context() as unaware:
+        unaware.setattr(RbdDisks, "_refuse_replaced", lambda *_: None)
+        cache.create_root_disk("img", "vm", size=4 * MIB)
+    if older:
+        _forget_successor(ceph)
+    for _ in range(2):
+        report = cache.recover()
+        assert report.failed.keys() == {"trash/vm_disk"}
+        assert "rbd trash restore" in report.failed["trash/vm_disk"]
+        assert "trash/vm_disk" in pool.names(ceph)
+    cache.remove_root_disk("vm")
+    assert cache.recover().restored == ("trash/vm_disk",)
+    assert guests(ceph) == WRITTEN
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_disk_that_was_replaced_goes(
+    ceph: CephCluster, cache: ImageCache, monkeypatch: pytest.MonkeyPatch, *, older: bool
+) -> None:
+    """Its successor has the name, and that alone lets recover remove it; an older version did not note which it is."""
+    with monkeypatch.context() as outage:
+        stop_before(outage, "trash_remove")
+        with pytest.raises(BackendUnavailableError):
+            cache.attach_root_disk("img", "vm")
+    assert guests(ceph) == WRITTEN
+    if older:
+        _forget_successor(ceph)
+    report = cache.recover()
+    assert report.failed.keys() == ({"trash/vm_disk"} if older else set())
+    assert ("trash/vm_disk" in report.removed) is not older
+    assert ("trash/vm_disk" in pool.names(ceph)) is older
+    assert guests(ceph) == WRITTEN
+
+
+def _forget_successor(ceph: CephCluster) -> None:
+    _, rbd = bindings()
+    with ceph.pool("vms") as ioctx:
+        [rbd_id] = [one["id"] for one in rbd.RBD().trash_list(ioctx) if one["name"] == "vm_disk"]
+        with rbd.Image(ioctx, image_id=rbd_id) as image:
+            mark = json.loads(image.metadata_get(GOING))
+            del mark["by"]
+            image.metadata_set(GOING, json.dumps(mark))
+
+
+def test_a_disk_with_a_snapshot_of_others_is_left_alone(ceph: CephCluster, cache: ImageCache) -> None:
+    """The new clone would not have it: a backup would be lost."""
+    with pool.opened(ceph, "vm_disk", read_only=False) as image:
+        image.create_snap("backup")
+    with pytest.raises(DiskInUseError, match=r"snapshots: backup.* Remove its snapshots first"):
+        cache.attach_root_disk("img", "vm")
+    with pool.opened(ceph, "vm_disk", read_only=False) as image:
+        assert [snapshot["name"] for snapshot in image.list_snaps()] == ["backup"]
+        image.remove_snap("backup")
+    assert [name for name in pool.names(ceph) if name.startswith("staging.")] == []
+    cache.attach_root_disk("img", "vm")
+    assert guests(ceph) == WRITTEN
