@@ -25,7 +25,7 @@ from nova_imagecache import (
     RootDisk,
 )
 from nova_imagecache.backends import _rados, _rbd_look
-from nova_imagecache.exceptions import BaseInUseError, DiskInUseError
+from nova_imagecache.exceptions import BaseInUseError, DiskInUseError, DiskTooSmallError
 from nova_imagecache.testing import FakeImage, FakeSource, FaultPlan
 from services.ceph import CephCluster
 from services.ceph_bindings import bindings
@@ -256,6 +256,34 @@ def test_a_disk_in_use_names_its_watchers(ceph: CephCluster, tmp_path: Path, mon
         assert content(ceph, cache.get_root_disk("vm"))[: len(PATTERN)] == PATTERN
         cache.remove_root_disk("vm")
         assert list(cache.root_disks()) == []
+
+
+def test_two_hosts_that_grow_a_disk(ceph: CephCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that wants less and comes later is refused: what the guest wrote meanwhile stays."""
+    source = FakeSource({"img": raw("one").fake})
+    true_resize = _rados.resize
+    with (
+        make_cache(ceph, tmp_path / "one", source) as cache,
+        make_cache(ceph, tmp_path / "two", source) as other,
+    ):
+        cache.create_root_disk("img", "vm", size=4 * MIB)
+
+        def resize(image: Any, size: int, **more: Any) -> None:
+            monkeypatch.setattr(_rados, "resize", true_resize)
+            other.resize_root_disk("vm", size=16 * MIB)
+            with pool.opened(ceph, "vm_disk", read_only=False) as guest:
+                guest.write(PATTERN, 12 * MIB)
+            true_resize(image, size, **more)
+
+        monkeypatch.setattr(_rados, "resize", resize)
+        with pytest.raises(DiskTooSmallError) as caught:
+            cache.resize_root_disk("vm", size=8 * MIB)
+        assert (caught.value.disk_id, caught.value.virtual_size) == ("vm", 16 * MIB)
+        assert cache.get_root_disk("vm").virtual_size == 16 * MIB
+        assert content(ceph, cache.get_root_disk("vm"))[12 * MIB :].startswith(PATTERN)
+        assert cache.resize_root_disk("vm", size=16 * MIB).virtual_size == 16 * MIB
+        cache.remove_root_disk("vm")
+        cache.remove_base("img")
 
 
 def test_clones_of_format_1(ceph: CephCluster, tmp_path: Path) -> None:

@@ -430,6 +430,7 @@ class Backend(abc.ABC):
         """Grow the disk to ``size`` bytes, a multiple of 512 and not below its virtual size.
 
         Raises:
+            DiskTooSmallError: somebody else (on another host) has grown it beyond that meanwhile.
             DiskNotFoundError, DiskInUseError, NoSpaceError.
         """
 

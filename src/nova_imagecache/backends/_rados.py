@@ -13,7 +13,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nova_imagecache.backends._rados_errors import NotThereError, StuckError, error_of
+from nova_imagecache.backends._rados_errors import NotThereError, RefusedError, StuckError, error_of
 from nova_imagecache.exceptions import BackendError
 
 if TYPE_CHECKING:
@@ -166,10 +166,14 @@ def create(ioctx: Ioctx, name: str, size: int, features: int) -> None:
         rbd.RBD().create(ioctx, name, size, features=features, old_format=False)
 
 
-def resize(image: Any, size: int) -> None:
-    """Make the image ``size`` bytes long."""
+def resize(image: Any, size: int, *, shrink: bool = False) -> None:
+    """Make the image ``size`` bytes long. RefusedError: it is longer, and ``shrink`` was not asked for."""
+    _, rbd = bindings()
     with answers(f"resize to {size}"):
-        image.resize(size)
+        try:
+            image.resize(size, allow_shrink=shrink)
+        except rbd.InvalidArgument as err:  # the bindings' refusal to shrink tells no errno
+            raise RefusedError(f"resize to {size}: {err}") from err
 
 
 def write(image: Any, offset: int, data: bytes, done: Callable[[int], None]) -> None:

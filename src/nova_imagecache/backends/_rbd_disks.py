@@ -16,6 +16,7 @@ from nova_imagecache.backends import (
     DiskExistsError,
     DiskInUseError,
     DiskNotFoundError,
+    DiskTooSmallError,
     RbdLocation,
     RootDisk,
     _rados,
@@ -203,7 +204,13 @@ class RbdDisks(RbdBases):
     def resize_root_disk(self, disk_id: str, name: str, size: int) -> RootDisk:
         disk = self._existing(disk_id, name)
         with self.store.room(), self._change(disk_id, name) as image:
-            _rados.resize(image, size)
+            try:
+                _rados.resize(image, size)
+            except RefusedError as err:
+                # somebody else has made it larger since it was looked at
+                if (least := image.size()) > size:
+                    raise DiskTooSmallError(size, least, disk_id=disk_id, name=name) from err
+                raise
         return replace(disk, virtual_size=size)
 
     def flatten_root_disk(self, disk_id: str, name: str) -> RootDisk:

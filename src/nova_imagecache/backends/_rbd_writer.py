@@ -71,7 +71,7 @@ class RbdWriter(BaseWriter):
     def _resize(self, room: int) -> None:
         if room != self._room:
             with self._store.room():
-                _rados.resize(self._live(), room)
+                _rados.resize(self._live(), room, shrink=True)
             self._room = room
 
     def write_at(self, offset: int, buffer: bytes | bytearray | memoryview) -> None:
