@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -258,30 +260,50 @@ def test_a_disk_in_use_names_its_watchers(ceph: CephCluster, tmp_path: Path, mon
         assert list(cache.root_disks()) == []
 
 
-def test_two_hosts_that_grow_a_disk(ceph: CephCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that wants less and comes later is refused: what the guest wrote meanwhile stays."""
-    source = FakeSource({"img": raw("one").fake})
+def test_a_disk_that_somebody_else_grows(ceph: CephCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who wants less than the disk has by then is refused: what the guest wrote meanwhile stays."""
     true_resize = _rados.resize
-    with (
-        make_cache(ceph, tmp_path / "one", source) as cache,
-        make_cache(ceph, tmp_path / "two", source) as other,
-    ):
+    with make_cache(ceph, tmp_path, FakeSource({"img": raw("one").fake})) as cache:
         cache.create_root_disk("img", "vm", size=4 * MIB)
 
         def resize(image: Any, size: int, **more: Any) -> None:
-            monkeypatch.setattr(_rados, "resize", true_resize)
-            other.resize_root_disk("vm", size=16 * MIB)
-            with pool.opened(ceph, "vm_disk", read_only=False) as guest:
-                guest.write(PATTERN, 12 * MIB)
+            with pool.opened(ceph, "vm_disk", read_only=False) as theirs:
+                theirs.resize(16 * MIB)
+                theirs.write(PATTERN, 12 * MIB)
             true_resize(image, size, **more)
 
-        monkeypatch.setattr(_rados, "resize", resize)
-        with pytest.raises(DiskTooSmallError) as caught:
-            cache.resize_root_disk("vm", size=8 * MIB)
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr(_rados, "resize", resize)
+            with pytest.raises(DiskTooSmallError) as caught:
+                cache.resize_root_disk("vm", size=8 * MIB)
         assert (caught.value.disk_id, caught.value.virtual_size) == ("vm", 16 * MIB)
-        assert cache.get_root_disk("vm").virtual_size == 16 * MIB
         assert content(ceph, cache.get_root_disk("vm"))[12 * MIB :].startswith(PATTERN)
         assert cache.resize_root_disk("vm", size=16 * MIB).virtual_size == 16 * MIB
+        cache.remove_root_disk("vm")
+        cache.remove_base("img")
+
+
+def test_two_hosts_that_grow_a_disk_at_once(ceph: CephCluster, tmp_path: Path) -> None:
+    """Whoever comes first, the disk has the larger size in the end."""
+    source = FakeSource({"img": raw("one").fake})
+    with (
+        make_cache(ceph, tmp_path / "one", source) as cache,
+        make_cache(ceph, tmp_path / "two", source) as other,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        cache.create_root_disk("img", "vm", size=4 * MIB)
+        for number in range(5, 45, 2):
+            start = threading.Barrier(2)
+
+            def grow(one: ImageCache, size: int, start: threading.Barrier = start) -> None:
+                start.wait()
+                with suppress(DiskTooSmallError):
+                    one.resize_root_disk("vm", size=size)
+
+            ends = [threads.submit(grow, one, (number + more) * MIB) for more, one in ((0, cache), (1, other))]
+            for end in ends:
+                end.result()
+            assert cache.get_root_disk("vm").virtual_size == (number + 1) * MIB
         cache.remove_root_disk("vm")
         cache.remove_base("img")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -203,7 +203,8 @@ class RbdDisks(RbdBases):
 
     def resize_root_disk(self, disk_id: str, name: str, size: int) -> RootDisk:
         disk = self._existing(disk_id, name)
-        with self.store.room(), self._change(disk_id, name) as image:
+        # librbd goes by the size that it last heard of: of two that grow the disk, one opens it when the other is done
+        with self.store.room(), self._claimed(disk_id, name), self._change(disk_id, name) as image:
             try:
                 _rados.resize(image, size)
             except RefusedError as err:
@@ -224,6 +225,18 @@ class RbdDisks(RbdBases):
                 if _rbd_look.parent(image) is not None:
                     raise
         return replace(disk, reference="none")
+
+    @contextmanager
+    def _claimed(self, disk_id: str, name: str) -> Iterator[None]:
+        with ExitStack() as claim:
+            try:
+                rbd_id = self.store.id_of(disk_name(disk_id, name)) or ""
+                claim.enter_context(self.store.claimed(rbd_id, "growing the disk"))
+            except NotThereError as err:
+                raise DiskNotFoundError(disk_id=disk_id, name=name) from err
+            except BusyError as err:
+                raise DiskInUseError(err.detail, disk_id=disk_id, name=name, stage="resize") from err
+            yield
 
     def _change(self, disk_id: str, name: str) -> _Changing:
         return _Changing(self, disk_id, name)

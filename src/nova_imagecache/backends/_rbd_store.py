@@ -191,12 +191,18 @@ class Store:
             NotThereError: the name is gone, or another image's.
         """
         # trash_move alone tells all of them that it worked
-        cookie, why = secrets.token_hex(8), "taking the name away"
-        key = self.patiently(lambda: _rados_claims.claim_image(self.io, rbd_id, cookie, _CLAIM_SECONDS, why))
-        try:
+        with self.claimed(rbd_id, "taking the name away"):
             if self.id_of(name) != rbd_id:
                 raise NotThereError(f"{name} is gone, or another image")
             _rados.trash_move(self.io, name, DELAY)
+
+    @contextlib.contextmanager
+    def claimed(self, rbd_id: str, why: str) -> Iterator[None]:
+        """Run a block of a few steps that nobody else runs for this image at the time."""
+        cookie = secrets.token_hex(8)
+        key = self.patiently(lambda: _rados_claims.claim_image(self.io, rbd_id, cookie, _CLAIM_SECONDS, why))
+        try:
+            yield
         finally:
             _rados_claims.disclaim(self.io, key, cookie)
 
