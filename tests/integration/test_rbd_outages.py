@@ -302,6 +302,43 @@ def test_a_restart_of_the_whole_cluster(ceph_bluestore: CephCluster, tmp_path: P
     pool.empty(cluster)
 
 
+_FORKS = """
+import gc, os, sys, time
+from harness import rbd as pool
+from nova_imagecache.backends import _rbd_forks
+backend = pool.from_spec(sys.argv[1])
+writer = backend.stage_base("img", "raw")
+writer.write_at(0, b"x")
+for close in (False, True):
+    child = os.fork()
+    if child == 0:
+        if close:
+            backend.close()
+            del writer, backend
+            gc.collect()
+        sys.exit(7)
+    end = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(child, 9)
+            sys.exit("the child hangs")
+        time.sleep(0.02)
+    assert os.waitstatus_to_exitcode(ended[1]) == 7, ended
+writer.discard()
+backend.close()
+del writer, backend
+gc.collect()
+assert len(_rbd_forks._HOLDERS) == 0
+"""
+
+
+def test_a_forked_child_ends(ceph: CephCluster, tmp_path: Path) -> None:
+    """With the sign of life and a writer open in its parent, which goes on; what is closed is not kept for forks."""
+    tests = str(Path(__file__).parents[1])
+    assert pool.spawn(f"import sys; sys.path.insert(0, {tests!r})\n{_FORKS}", pool.spec(ceph, tmp_path)) == 0
+    assert pool.names(ceph) == []
+
+
 def test_a_forked_child_is_refused(ceph: CephCluster, tmp_path: Path) -> None:
     """A child that was forked after the first use gets an error at once, from old and new backends; it never hangs."""
     backend = pool.make_backend(ceph, tmp_path)

@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from nova_imagecache.backends import _rados, _rbd_look
+from nova_imagecache.backends import _rados, _rbd_forks, _rbd_look
 from nova_imagecache.backends._rados_errors import ExistsError, NotThereError
 from nova_imagecache.exceptions import BackendError, BackendUnavailableError
 
@@ -57,6 +57,7 @@ class Owner:
         self._showing = threading.Lock()  # held over I/O, by those who show or look at the sign and nobody else
         self._shown = 0.0
         self._failed: tuple[float, BackendUnavailableError] | None = None
+        _rbd_forks.note(self)
 
     def new_name(self, stem: str) -> str:
         """A name for something unfinished; ``done`` says that it is finished or gone."""
@@ -119,6 +120,12 @@ class Owner:
                 return _rbd_look.watching(image)
         except NotThereError:
             return set()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: the sign of life is its parent's."""
+        image, self._image = self._image, None
+        if image is not None:
+            _rados.abandon(image)
 
     def _end(self) -> None:
         with self._lock:

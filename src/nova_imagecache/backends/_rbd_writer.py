@@ -15,6 +15,7 @@ from nova_imagecache.backends import (
     BaseRecord,
     BaseWriter,
     _rados,
+    _rbd_forks,
     _rbd_look,
 )
 from nova_imagecache.backends._rados_errors import ExistsError, StuckError, error_of
@@ -48,6 +49,7 @@ class RbdWriter(BaseWriter):
         self._published = self._stuck = False
         self._rbd_id: str | None = None
         self._image: _rados.Image | None = None
+        _rbd_forks.note(self)
         self._life = ExitStack()
         self._staging = self._life.enter_context(self._store.staging(image_id))
         self._store.endings.add(self._end)
@@ -188,6 +190,12 @@ class RbdWriter(BaseWriter):
             with suppress(StuckError):
                 self._settle()
             (_rados.abandon if self._stuck else _rados.close_image)(image)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: the image is its parent's."""
+        image, self._image = self._image, None
+        if image is not None:
+            _rados.abandon(image)
 
     def _end(self) -> None:
         with suppress(BackendError):  # left to recover
