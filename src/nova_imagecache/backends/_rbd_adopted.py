@@ -204,7 +204,7 @@ class Adopted:
         """Note that the base is used."""
         if base.last_used is not None and time.time() - base.last_used < TOUCH_INTERVAL:
             return
-        with suppress(FileNotFoundError):  # dropped meanwhile
+        with suppress(OSError):  # dropped meanwhile, or another user's; the disk is made all the same
             os.utime(self._path(base.image_id))
 
     def forget(self, image_id: str) -> None:
