@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from nova_imagecache import BaseRecord
+from nova_imagecache import BaseRecord, _cleanup
 from nova_imagecache.backends import BaseImage, RbdLocation
-from nova_imagecache.backends._rbd_adopted import Adopted
+from nova_imagecache.backends._rbd_adopted import TOUCH_INTERVAL, Adopted
 
 NOBODY = 65534
 
@@ -24,6 +24,11 @@ def directory() -> Iterator[Path]:
         path = Path(name)
         path.chmod(0o755)
         yield path
+
+
+def test_a_base_in_use_is_recent() -> None:
+    """However old the note of its last use may be, most of the time is left in which it is not evicted."""
+    assert TOUCH_INTERVAL <= _cleanup.RECENT / 5
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")

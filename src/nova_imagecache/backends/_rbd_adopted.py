@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
     from nova_imagecache.backends._rbd_store import Store
 
-TOUCH_INTERVAL = 600.0
-"""Seconds for which one note of a base's use is as good as the next."""
+TOUCH_INTERVAL = 60.0
+"""Seconds for which one note of a base's use is as good as the next.
+
+Well below the five minutes after a use in which the core evicts no base, and which begin with the note.
+"""
 
 _CLONABLE = ("raw", "iso")
 _log = logging.getLogger(__name__)
