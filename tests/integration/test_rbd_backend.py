@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -320,4 +320,31 @@ def test_clones_of_format_1(ceph: CephCluster, tmp_path: Path) -> None:
         assert content(ceph, disk) == raw("one").guest
         cache.remove_root_disk("vm")
         cache.remove_base("img")
+    assert pool.names(ceph) == []
+
+
+def test_first_disks_of_format_1(ceph: CephCluster, tmp_path: Path) -> None:
+    """Of a base that was made when clones were of format 2: of many that find it unprotected each makes its disk."""
+    conf = tmp_path / "ceph.conf"
+    conf.write_text(ceph.conf.read_text().replace("[client]\n", "[client]\nrbd default clone format = 1\n"))
+    source = FakeSource({"img": raw("one").fake})
+    with make_cache(ceph, tmp_path / "two", source) as cache:
+        cache.ensure_base("img")
+    with ExitStack() as stack:
+        hosts = [
+            stack.enter_context(make_cache(ceph, tmp_path / str(number), source, conf=str(conf))) for number in range(4)
+        ]
+        start = threading.Barrier(8)
+
+        def make(number: int) -> None:
+            start.wait()
+            hosts[number % 4].create_root_disk("img", f"vm-{number}")
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(make, range(8)))
+        with pool.opened(ceph, "base.img") as image:
+            assert len(_rbd_look.children(image)) == 8
+        for number in range(8):
+            hosts[0].remove_root_disk(f"vm-{number}")
+        hosts[0].remove_base("img")
     assert pool.names(ceph) == []

@@ -91,6 +91,7 @@ def test_options_have_defaults(tmp_path: Path) -> None:
     assert (options.conf, options.user, options.pool) == ("/etc/ceph/ceph.conf", "nova", "vms")
     assert (options.when_not_clonable, options.features, options.feature_bits) == ("import", None, None)
     assert _backend(tmp_path, features=["layering", "exclusive-lock"]).options.feature_bits == 5
+    assert _backend(tmp_path, features=["layering", "layering"]).options.feature_bits == 1
 
 
 def test_all_problems_of_the_options_come_at_once(tmp_path: Path) -> None:

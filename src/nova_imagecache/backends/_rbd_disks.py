@@ -113,7 +113,8 @@ class RbdDisks(RbdBases):
                 # made when clones were of format 2, asked for when they are of format 1
                 if not base.managed:
                     raise
-                with _rados.changing(self.store.io, name=parent) as image:
+                # BusyError: it is protected by now, for another disk
+                with _rados.changing(self.store.io, name=parent) as image, suppress(BusyError):
                     _rados.protect(image, snapshot)
                 _rados.clone(source, parent, snapshot, self.store.io, staging, features=features)
         except NotThereError as err:

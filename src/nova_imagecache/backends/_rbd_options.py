@@ -70,7 +70,7 @@ class RbdOptions:
     @property
     def feature_bits(self) -> int | None:
         """``features`` as the bindings take them."""
-        return None if self.features is None else sum(FEATURES[name] for name in self.features)
+        return None if self.features is None else sum(FEATURES[name] for name in set(self.features))
 
 
 def _word(value: object) -> str | None:

@@ -134,8 +134,8 @@ class Store:
             bits = self.options.feature_bits
             if bits is None:
                 told = self.connection.config("rbd_default_features")
-                words = told.split(",")
-                bits = int(told) if told.isdigit() else sum(FEATURES.get(word.strip(), 0) for word in words)
+                words = {word.strip() for word in told.split(",")}
+                bits = int(told) if told.isdigit() else sum(FEATURES.get(word, 0) for word in words)
             self._features = bits | LAYERING
         return self._features
 
