@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,15 @@ import pytest
 
 from harness import rbd as pool
 from harness.images import raw
-from nova_imagecache import BackendUnavailableError, CacheConfig, DiskExistsError, DiskInUseError, ImageCache
-from nova_imagecache.backends import _rados
+from nova_imagecache import (
+    BackendUnavailableError,
+    CacheConfig,
+    CancelledError,
+    DiskExistsError,
+    DiskInUseError,
+    ImageCache,
+)
+from nova_imagecache.backends import _rados, _rbd_attach, _rbd_look
 from nova_imagecache.backends._rbd_disks import RbdDisks
 from nova_imagecache.backends._rbd_store import GOING
 from nova_imagecache.backends.rbd import RbdBackend
@@ -169,6 +177,32 @@ def _forget_successor(ceph: CephCluster) -> None:
             mark = json.loads(image.metadata_get(GOING))
             del mark["by"]
             image.metadata_set(GOING, json.dumps(mark))
+
+
+def test_a_call_that_ends_while_it_copies(
+    ceph: CephCluster, cache: ImageCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancel or a deadline ends it between two pieces: nothing is left, and the disk is as it was."""
+    cancel = threading.Event()
+    true_read, reads = _rbd_look.read, []
+
+    def read(image: Any, offset: int, length: int) -> bytes:
+        reads.append(offset)
+        cancel.set()
+        return true_read(image, offset, length)
+
+    with pool.opened(ceph, "vm_disk") as image:
+        before = image.id()
+    monkeypatch.setattr(_rbd_attach, "_PIECE", MIB)
+    with monkeypatch.context() as watched:
+        watched.setattr(_rbd_look, "read", read)
+        with pytest.raises(CancelledError):
+            cache.attach_root_disk("img", "vm", cancel=cancel)
+    assert len(reads) == 2, "one piece of each"
+    with pool.opened(ceph, "vm_disk") as image:
+        assert image.id() == before
+    assert guests(ceph) == WRITTEN
+    assert [name for name in pool.names(ceph) if "staging." in name] == []
 
 
 def test_a_disk_with_a_snapshot_of_others_is_left_alone(ceph: CephCluster, cache: ImageCache) -> None:

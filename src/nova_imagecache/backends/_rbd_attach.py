@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from nova_imagecache import _entries
 from nova_imagecache.backends import (
     BaseImage,
     BaseNotFoundError,
@@ -112,6 +113,7 @@ def _copy_differences(source: Image, target: Image, seconds: float) -> None:
     # what neither holds anything in is zeros in both; a discarded object of a clone is told by its parent's data
     extents = [*_rbd_look.data_extents(source, fixed=False), *_rbd_look.data_extents(target, fixed=False)]
     for offset, length in _pieces(extents):
+        _entries.go_on()
         wanted = _rbd_look.read(source, offset, length)
         if wanted != _rbd_look.read(target, offset, length):
             failures: list[int] = []
