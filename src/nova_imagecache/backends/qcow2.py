@@ -151,7 +151,10 @@ class Qcow2Backend(RecoverableDisks):
     def attach_root_disk(self, base: BaseImage, disk_id: str, name: str) -> RootDisk:
         with self._changing(disk_id, name) as (disk, record):
             self._same_bytes(base, record, disk_id, name)
-            if record.reference == "none" or self._is_tied(base, disk_id, name, record):
+            if record.reference == "none":  # it stands alone: nothing to tie
+                return disk
+            if self._is_tied(base, disk_id, name, record):
+                self._still_there(base)
                 return disk
             reference = self._tie(base, disk_id, name, record.made_at)
             path = self._directory(disk_id) / name
