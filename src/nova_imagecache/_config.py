@@ -84,7 +84,8 @@ class CacheConfig:
         qemu_user: user that must be able to read bases; ``check()`` looks.
         nova_base_dir: a Nova ``_base`` directory beside this cache; ``check()`` reports it, nothing writes to it.
 
-    Durations are timedeltas, seconds or text such as "24h"; sizes are bytes or text such as "20G".
+    Durations are timedeltas, seconds or text such as "24h"; sizes are bytes or text such as "20G". ``repr`` leaves both
+    ``*_options`` out, since they may hold a token.
 
     Raises:
         ConfigError: ``problems`` lists everything that is wrong.
@@ -93,9 +94,9 @@ class CacheConfig:
     root: Path
     disks_dir: Path | None = None
     backend: str = "qcow2"
-    backend_options: Mapping[str, Any] = field(default_factory=dict)
+    backend_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     source: str = "glance"
-    source_options: Mapping[str, Any] = field(default_factory=dict)
+    source_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     max_idle: timedelta = timedelta(hours=24)
     remove_unused: bool = True
     lock_timeout: timedelta = timedelta(hours=1)
@@ -199,7 +200,10 @@ def _count(value: object) -> int:
 def _options(value: object) -> dict[str, Any]:
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return dict(value)
-    raise ValueError(f"{value!r} is no table of options")
+    if isinstance(value, Mapping):
+        raise ValueError("the names of options must be text")
+    # the value may hold a token, and errors end up in logs
+    raise ValueError(f"it must be a table of options, not {type(value).__name__}")
 
 
 _CONVERTERS: tuple[tuple[str, Any, bool], ...] = (

@@ -155,7 +155,8 @@ def _plugins_problems(found: Translation) -> list[str]:
 
 
 def _opt(row: NovaOption) -> cfg.Opt:
-    rest: dict[str, Any] = {}
+    # a plug-in's options may hold a token, and services log what is registered
+    rest: dict[str, Any] = {"secret": row.name.endswith("_options")}
     if row.choices:
         rest["choices"] = list(row.choices)
     if row.minimum is not None:

@@ -151,6 +151,17 @@ def test_wrong_values_are_config_errors(name: str, value: Any) -> None:
     assert [problem.partition(":")[0] for problem in caught.value.problems] == [name]
 
 
+@pytest.mark.parametrize("name", ["backend_options", "source_options"])
+def test_what_plug_ins_are_told_is_never_shown(name: str) -> None:
+    """It may hold a token: neither a configuration that is logged nor a refusal shows it."""
+    config = CacheConfig.from_mapping({"root": "/x", name: {"token": "hidden-token"}})
+    assert "hidden-token" not in repr(config)
+    for wrong in (["token=hidden-token"], "token=hidden-token", {7: "hidden-token"}):
+        with pytest.raises(ConfigError, match=name) as caught:
+            CacheConfig.from_mapping({"root": "/x", name: wrong})
+        assert "hidden-token" not in str(caught.value)
+
+
 def test_options_may_be_any_mapping_and_are_copied() -> None:
     """What the caller does with its own afterwards changes nothing."""
     mine = {"base_format": "raw"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from datetime import timedelta
 from pathlib import Path
 
@@ -224,6 +225,20 @@ def test_equal_definitions_may_be_registered_twice() -> None:
     conf.set_override("instances_path", "/elsewhere")
     config = config_from_oslo(conf)
     assert (config.backend, config.disks_dir) == ("rbd", Path("/elsewhere"))
+
+
+def test_options_of_plug_ins_are_not_logged_with_the_others(read: Read, caplog: pytest.LogCaptureFixture) -> None:
+    """A service logs its options at its start; a token among them stays out, also of what the configuration shows."""
+    text = "source_options = endpoints = ['http://g:9292']\nsource_options = token = 'hidden-token'"
+    conf = read(f"[nova_imagecache]\n{text}\nbackend_options = reference = 'path'", registered=True)
+    with caplog.at_level(logging.DEBUG):
+        conf.log_opt_values(logging.getLogger("service"), logging.DEBUG)
+    assert "nova_imagecache.source_options" in caplog.text
+    assert "hidden-token" not in caplog.text
+    assert "reference = " not in caplog.text
+    config = config_from_oslo(conf)
+    assert config.source_options["token"] == "hidden-token"
+    assert "hidden-token" not in repr(config)
 
 
 def test_a_definition_of_somebody_else_stays_and_is_read(read: Read) -> None:
