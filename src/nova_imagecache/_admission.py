@@ -18,8 +18,9 @@ class Request:
     """What is asked of one fetch.
 
     ``base_format`` is what the base shall be; ``disk_size`` the size of the disk it is fetched for (None: any);
-    ``expect`` the digest the caller knows; ``admit(bytes, stage)`` raises NoSpaceError when so much does not fit;
-    ``admit_free(bytes, stage)`` makes no room, and says whether so much is promised.
+    ``expect`` the digest the caller knows; ``admit(bytes, stage, placed)`` raises NoSpaceError when so much does not
+    fit beside the ``placed`` bytes that the base in the making has already; ``admit_free``, of the same arguments,
+    makes no room, and says whether so much is promised.
     """
 
     base_format: str
@@ -27,8 +28,8 @@ class Request:
     max_virtual_size: int | None
     expect: Digest | None
     allow_unverified: bool
-    admit: Callable[[int, str], None]
-    admit_free: Callable[[int, str], bool]
+    admit: Callable[[int, str, int], None]
+    admit_free: Callable[[int, str, int], bool]
 
 
 def base_format(disk_format: str, wanted: str | None, possible: Iterable[str]) -> str:
@@ -58,7 +59,7 @@ def admit_metadata(image: ImageInfo, request: Request) -> None:
         raise DiskTooSmallError(request.disk_size, image.min_disk, image_id=image.image_id)
     if image.disk_format in RAW_FORMATS and image.size is not None:
         judge_size(round_up(image.size), image.image_id, request)
-    request.admit(image.size or 0, "admission")
+    request.admit(image.size or 0, "admission", 0)
 
 
 def judge_size(virtual_size: int, image_id: str, request: Request) -> None:

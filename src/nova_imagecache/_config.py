@@ -200,10 +200,8 @@ def _count(value: object) -> int:
 def _options(value: object) -> dict[str, Any]:
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return dict(value)
-    if isinstance(value, Mapping):
-        raise ValueError("the names of options must be text")
     # the value may hold a token, and errors end up in logs
-    raise ValueError(f"it must be a table of options, not {type(value).__name__}")
+    raise ValueError(f"a value of type {type(value).__name__} is no table of options by name")
 
 
 _CONVERTERS: tuple[tuple[str, Any, bool], ...] = (

@@ -201,11 +201,14 @@ class Fetcher:
     def _request(
         self, image: ImageInfo, disk_size: int | None, expect: Digest | None, scratch: Path, watch: Watch
     ) -> _admission.Request:
-        def admit(needed: int, stage: str) -> None:
-            self.keeper.reserve(image.image_id, scratch, needed, stage, lambda: watch.check("making room"))
+        def check() -> None:
+            watch.check("making room")
 
-        def admit_free(needed: int, stage: str) -> bool:
-            return self.keeper.reserve_free(image.image_id, scratch, needed, stage)
+        def admit(needed: int, stage: str, placed: int) -> None:
+            self.keeper.reserve(image.image_id, scratch, needed, stage, check, placed=placed)
+
+        def admit_free(needed: int, stage: str, placed: int) -> bool:
+            return self.keeper.reserve_free(image.image_id, scratch, needed, stage, check, placed=placed)
 
         formats = self.backend.properties.base_formats
         return _admission.Request(

@@ -148,7 +148,7 @@ class Ingest:
             if self._image.size is None and position - asked >= _STEP:
                 # of an image whose size nobody said, look again as it grows
                 asked = position
-                self._request.admit(_STEP, "fetch")
+                self._request.admit(_STEP, "fetch", position)
 
     def _verify(self, stream: Stream) -> None:
         image_id = self._image.image_id
@@ -214,8 +214,8 @@ class Ingest:
                     self._image.size,
                     placer,
                     spool,
-                    admit=lambda needed: self._request.admit(needed, "conversion"),
-                    admit_free=lambda needed: self._request.admit_free(needed, "conversion"),
+                    admit=lambda needed: self._request.admit(needed, "conversion", placer.placed),
+                    admit_free=lambda needed: self._request.admit_free(needed, "conversion", placer.placed),
                     check=lambda: self._watch.check("fetch"),
                 )
             except (SurpriseError, _qcow2.Qcow2Error) as err:
@@ -255,7 +255,7 @@ class Ingest:
         try:
             # what it unpacks to is known before it is unpacked; QEMU counts a little metadata in
             data = min(self._measure(download), announced)
-            self._request.admit(data, "conversion")
+            self._request.admit(data, "conversion", 0)
             _qemu.convert(
                 download,
                 self._image.disk_format,

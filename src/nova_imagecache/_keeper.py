@@ -2,7 +2,8 @@
 
 A fetch writes what it may still take into its entry of staging, ``reserved``, before it takes it. Admission sums those
 of all live fetches under one lock, held for as long as a few stats take, so that ten cold images together cannot
-overfill. What a fetch has written already is in the storage's own figures and is not counted twice.
+overfill. What a fetch has written already is in the storage's own figures and is not counted twice. What is not on this
+host, the storage tells as one figure for all fetches; how much of it is one's own, each fetch says itself.
 """
 
 from __future__ import annotations
@@ -55,23 +56,37 @@ class Keeper:
     sizes: dict[str, tuple[BaseRecord, int]] = field(default_factory=dict)
 
     def reserve(
-        self, image_id: str, entry: Path, needed: int, stage: str, check: Callable[[], None] = lambda: None
+        self,
+        image_id: str,
+        entry: Path,
+        needed: int,
+        stage: str,
+        check: Callable[[], None] = lambda: None,
+        *,
+        placed: int = 0,
     ) -> None:
         """Promise ``needed`` more bytes to the fetch whose entry of staging this is, making room where there is none.
 
-        ``check`` is called while room is made; what it raises ends the call.
+        ``placed`` is what the fetch has written to storage that is not on this host. ``check`` is called while somebody
+        is waited for and while room is made; what it raises ends the call.
 
         Raises:
             NoSpaceError: it cannot fit, whatever is evicted; with what stands in the way.
         """
-        refusal = self._try(image_id, entry, needed, stage)
+
+        def attempt() -> NoSpaceError | None:
+            return self._try(image_id, entry, needed, stage, check=check, placed=placed)
+
+        refusal = attempt()
         if refusal is not None and _entries.sweep(self.root.staging)[0]:
-            refusal = self._try(image_id, entry, needed, stage)
-        if refusal is not None and refusal.limit != "max_bytes" and self._recover():
-            refusal = self._try(image_id, entry, needed, stage)
+            refusal = attempt()
+        # trash counts for no max_bytes, but what dead fetches left elsewhere does
+        recoverable = refusal is not None and (refusal.limit != "max_bytes" or not self.backend.properties.local)
+        if recoverable and self._recover():
+            refusal = attempt()
         # again and again, since another may take the room that we made
         while refusal is not None and self._evict_enough(needed - (refusal.free or 0), check):
-            refusal = self._try(image_id, entry, needed, stage)
+            refusal = attempt()
         if refusal is not None:
             stuck = _cleanup.immovable(self.passes.facts(), now=self.passes.now())
             raise NoSpaceError(
@@ -85,9 +100,18 @@ class Keeper:
                 stage=stage,
             ) from refusal
 
-    def reserve_free(self, image_id: str, entry: Path, needed: int, stage: str) -> bool:
+    def reserve_free(
+        self,
+        image_id: str,
+        entry: Path,
+        needed: int,
+        stage: str,
+        check: Callable[[], None] = lambda: None,
+        *,
+        placed: int = 0,
+    ) -> bool:
         """Promise ``needed`` more bytes as ``reserve`` does, where they are free already; whether."""
-        return self._try(image_id, entry, needed, stage) is None
+        return self._try(image_id, entry, needed, stage, check=check, placed=placed) is None
 
     def release(self, entry: Path) -> None:
         """Take a fetch's promise back: all it will take is written."""
@@ -123,9 +147,11 @@ class Keeper:
             self.evicted.put(image_id)
         return bool(removed)
 
-    def _try(self, image_id: str, entry: Path, needed: int, stage: str) -> NoSpaceError | None:
+    def _try(
+        self, image_id: str, entry: Path, needed: int, stage: str, *, check: Callable[[], None], placed: int
+    ) -> NoSpaceError | None:
         try:
-            self._reserve(image_id, entry, needed, stage)
+            self._reserve(image_id, entry, needed, stage, check=check, placed=placed)
         except NoSpaceError as err:
             if err.needed is None:  # not refused: the storage has no room for the reservation itself
                 raise
@@ -152,19 +178,24 @@ class Keeper:
         self.sizes.update(sizes)
         return sum(size for _record, size in sizes.values())
 
-    def _reserve(self, image_id: str, entry: Path, needed: int, stage: str) -> None:
+    def _reserve(
+        self, image_id: str, entry: Path, needed: int, stage: str, *, check: Callable[[], None], placed: int
+    ) -> None:
         # outside the lock, and again inside only where a base came or went meanwhile
         counted = _Counted(self.root.bases_changed(), self._bases() if self.policy.max_bytes is not None else 0)
-        with self.locks.admission():
+        with self.locks.admission(check):
             for attempt in range(_RECOUNTS):
                 names = _entries.names(self.root.staging)
                 mine, others, written = self._promised(entry, names)
                 capacity = self.backend.capacity()
+                if not self.backend.properties.local:
+                    # zeros that it wrote may take nothing
+                    mine = written = min(placed, capacity.staging)
                 taken = 0
                 if self.policy.max_bytes is not None:
                     # what stands in our own base's place goes to quarantine when it is published
                     left = sum(size for name, size in capacity.left_alone.items() if name != image_id)
-                    taken = self._taken(counted) + left + written + others
+                    taken = self._taken(counted) + left + max(written + others, capacity.staging)
                 try:
                     _space.admit(
                         needed,
@@ -178,7 +209,10 @@ class Keeper:
                     break
                 except NoSpaceError:
                     # what is published while it is counted is counted twice; nobody is admitted meanwhile, so that ends
-                    published = set(names).difference(_entries.names(self.root.staging))
+                    published = (
+                        set(names).difference(_entries.names(self.root.staging))
+                        or self.backend.capacity().staging < capacity.staging
+                    )
                     if not published or attempt == _RECOUNTS - 1:
                         raise
             path = entry / _NAME

@@ -100,13 +100,13 @@ class Locks:
             yield
 
     @contextmanager
-    def admission(self) -> Iterator[None]:
-        """Keep others from reserving space while the block runs; for a few stats.
+    def admission(self, check: Callable[[], None] | None = None) -> Iterator[None]:
+        """Keep others from reserving space while the block runs; for a few stats. What ``check`` raises ends the wait.
 
         Raises:
             LockTimeoutError: somebody kept it for longer than ``timeout``.
         """
-        with self._waited(Lock(self._directory / "admission.lock"), None, None):
+        with self._waited(Lock(self._directory / "admission.lock"), check, None):
             yield
 
     @contextmanager

@@ -57,7 +57,7 @@ def copied(
         return None
     judge_size(twin.virtual_size, image.image_id, request)
     try:
-        request.admit(backend.usage(twin).allocated, "copying a twin")
+        request.admit(backend.usage(twin).allocated, "copying a twin", 0)
         _copy(backend, twin, writer, check)
     except (NoSpaceError, CancelledError, DeadlineError):
         raise

@@ -49,7 +49,7 @@ from unit.images import KIB, MIB, SIZE
 RAW = images.guest_data()
 
 
-def nothing(_needed: int, _stage: str) -> None:
+def nothing(_needed: int, _stage: str, _placed: int) -> None:
     """Room for everything."""
 
 
@@ -60,7 +60,7 @@ def asked(
     max_virtual_size: int | None = None,
     expect: Digest | None = None,
     allow_unverified: bool = False,
-    admit: Callable[[int, str], None] = nothing,
+    admit: Callable[[int, str, int], None] = nothing,
 ) -> Request:
     def admit_free(needed: int, stage: str) -> bool:
         try:
@@ -567,7 +567,9 @@ def test_room_is_asked_for_before_the_fetch_and_before_the_conversion(bench: Ben
     """First what is announced, then what it unpacks to."""
     asks: list[tuple[int, str]] = []
     data = bomb(8 * MIB) if kind == "qcow2" else images.converted(bench.path, kind)
-    bench.run(FakeImage(data=data, disk_format=kind), asked(admit=lambda needed, stage: asks.append((needed, stage))))
+    bench.run(
+        FakeImage(data=data, disk_format=kind), asked(admit=lambda needed, stage, _placed: asks.append((needed, stage)))
+    )
     assert asks[0] == (len(data), "admission")
     assert [stage for _, stage in asks] == ["admission", "conversion"]
     if kind == "qcow2":
@@ -580,7 +582,9 @@ def test_an_image_that_unpacks_to_less_than_its_length_asks_once(bench: Bench) -
     """What was promised for the fetch is enough for the base."""
     asks: list[int] = []
     data = images.converted(bench.path, "qcow2")
-    bench.run(FakeImage(data=data, disk_format="qcow2"), asked(admit=lambda needed, _stage: asks.append(needed)))
+    bench.run(
+        FakeImage(data=data, disk_format="qcow2"), asked(admit=lambda needed, _stage, _placed: asks.append(needed))
+    )
     assert asks == [len(data)]
 
 
@@ -649,7 +653,7 @@ def test_what_is_kept_for_later_is_promised_as_well(bench: Bench, monkeypatch: p
 def test_no_room_for_the_conversion_ends_before_it(bench: Bench, kind: str) -> None:
     """Nothing is unpacked that does not fit."""
 
-    def admit(needed: int, stage: str) -> None:
+    def admit(needed: int, stage: str, _placed: int) -> None:
         if stage == "conversion":
             raise NoSpaceError(needed=needed, free=0, stage=stage)
 

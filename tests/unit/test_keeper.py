@@ -16,13 +16,23 @@ import pytest
 
 from harness import places
 from harness.children import child
-from harness.images import MIB
+from harness.images import MIB, qemu_img
 from harness.rig import Rig
 from harness.upkeep import DAY, HOUR, MINUTE, Clock, Events, allocated, dense, last_used, names, open_cache
 from harness.waiting import Gate
-from nova_imagecache import BaseImage, Capacity, DeadlineError, DiskUsage, DiskUser, ImageCache, NoSpaceError, Pin
+from nova_imagecache import (
+    BaseImage,
+    CacheConfig,
+    Capacity,
+    DeadlineError,
+    DiskUsage,
+    DiskUser,
+    ImageCache,
+    NoSpaceError,
+    Pin,
+)
 from nova_imagecache._engine import Engine
-from nova_imagecache.testing import FaultPlan
+from nova_imagecache.testing import FakeImage, FakeSource, FaultPlan, MemoryBackend
 
 KIB = 1024
 SAMPLES = {f"img-{number}": dense(f"kept {number}") for number in range(8)}
@@ -216,6 +226,73 @@ def test_bases_that_are_published_while_they_are_counted(rig: Rig, held: Held, m
     monkeypatch.setattr(engine.backend, "capacity", publish_one)
     engine.keeper.reserve("img-5", held.entry(engine, "img-5"), MIB, "admission")
     assert staged == []
+
+
+# --- storage that is not on this host
+
+
+class Far(MemoryBackend):
+    """Storage of a cluster: it tells what all fetches have staged as one figure."""
+
+    properties = replace(MemoryBackend.properties, local=False, shared=True)
+
+
+def _far(tmp_path: Path, source: FakeSource, *, backend: MemoryBackend | None = None, max_bytes: int) -> ImageCache:
+    config = CacheConfig(root=tmp_path / "root", backend="memory", max_bytes=max_bytes)
+    return ImageCache(config, source=source, backend=backend or Far())
+
+
+@pytest.mark.parametrize("backend", [Far, MemoryBackend])
+def test_what_a_fetch_has_placed_elsewhere_counts(tmp_path: Path, held: Held, backend: type[MemoryBackend]) -> None:
+    """Three MiB are staged, and one more is asked for: into four it fits, into less it does not."""
+    store = backend()
+    writer = store.stage_base("img", "raw")
+    for number in range(3):
+        writer.write_at(number * MIB, memoryview(b"x" * MIB))
+    for room, fits in ((4 * MIB, True), (4 * MIB - 1, False)):
+        engine = _far(tmp_path, FakeSource({}), backend=store, max_bytes=room)._engine
+        engine.root.prepare()
+        expected = contextlib.nullcontext() if fits else pytest.raises(NoSpaceError, match="max_bytes")
+        with expected:
+            engine.keeper.reserve("img", held.entry(engine, "img"), MIB, "fetch", placed=3 * MIB)
+    writer.discard()
+
+
+def test_what_others_have_placed_elsewhere_is_not_counted_beside_their_promise(tmp_path: Path, held: Held) -> None:
+    """Another fetch promised two MiB and has placed one of them; we have placed one, and want one more: four in all."""
+    store = Far()
+    engine = _far(tmp_path, FakeSource({}), backend=store, max_bytes=4 * MIB)._engine
+    engine.root.prepare()
+    engine.keeper.reserve("other", held.entry(engine, "other"), 2 * MIB, "admission")
+    writers = [store.stage_base(image_id, "raw") for image_id in ("other", "img")]
+    for writer in writers:
+        writer.write_at(0, memoryview(b"x" * MIB))
+    mine = held.entry(engine, "img")
+    engine.keeper.reserve("img", mine, MIB, "fetch", placed=MIB)
+    with pytest.raises(NoSpaceError):
+        engine.keeper.reserve("third", held.entry(engine, "third"), 1, "admission")
+    for writer in writers:
+        writer.discard()
+
+
+def test_zeros_that_were_placed_take_nothing_elsewhere(tmp_path: Path, held: Held) -> None:
+    """A fetch that is far into an image of holes has taken what the storage says, not what it has passed."""
+    engine = _far(tmp_path, FakeSource({}), max_bytes=2 * MIB)._engine
+    engine.root.prepare()
+    engine.keeper.reserve("img", held.entry(engine, "img"), MIB, "fetch", placed=500 * MIB)
+
+
+def test_a_compressed_image_does_not_grow_through_the_limit_elsewhere(tmp_path: Path) -> None:
+    """What it unpacks to turns out bit by bit: each bit is added to what was placed before."""
+    raw, packed = tmp_path / "raw", tmp_path / "packed"
+    raw.write_bytes(b"".join(os.urandom(512) + b"p" * 3584 for _ in range(16 * MIB // 4096)))
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "cluster_size=4096", str(raw), str(packed))
+    source = FakeSource({"img": FakeImage(data=packed.read_bytes(), disk_format="qcow2")}, chunk_size=4096)
+    with pytest.raises(NoSpaceError) as caught:
+        _far(tmp_path, source, max_bytes=10 * MIB).ensure_base("img")
+    assert (caught.value.stage, caught.value.limit) == ("conversion", "max_bytes")
+    base = _far(tmp_path, source, max_bytes=17 * MIB).ensure_base("img")
+    assert base.virtual_size == 16 * MIB
 
 
 # --- eviction
@@ -507,9 +584,9 @@ def test_bases_are_measured_outside_the_lock(rig: Rig, held: Held, monkeypatch: 
     usage, admission = engine.backend.usage, engine.locks.admission
 
     @contextlib.contextmanager
-    def locked() -> Iterator[None]:
+    def locked(check: Callable[[], None]) -> Iterator[None]:
         nonlocal inside
-        with admission():
+        with admission(check):
             inside = True
             yield
             inside = False
