@@ -158,17 +158,20 @@ class ImageCache:
     ) -> list[EnsureResult]:
         """The outcome for every image, in the order given; one failure stops no other.
 
-        ``max_concurrent_fetches`` are brought in at once. ``progress`` tells images apart by their id.
+        ``max_concurrent_fetches`` are brought in at once. ``deadline`` is that of the whole call: what would have to be
+        brought in afterwards fails with it. ``progress`` tells images apart by their id.
 
         Raises:
             InvalidRequestError: ``image_ids`` is a single text or no iterable at all, or ``deadline`` cannot be used.
         """
         _args.deadline(deadline)
         wanted = _args.several(image_ids, "image_ids")
+        start = time.monotonic()
 
         def one(image_id: str) -> EnsureResult:
+            left = None if deadline is None else max(deadline - (time.monotonic() - start), 0.0)
             try:
-                base = self.ensure_base(image_id, source=source, deadline=deadline, cancel=cancel, progress=progress)
+                base = self.ensure_base(image_id, source=source, deadline=left, cancel=cancel, progress=progress)
             except ImageCacheError as err:
                 return EnsureResult(image_id=image_id, error=err)
             return EnsureResult(image_id=image_id, base=base)
@@ -355,7 +358,7 @@ class ImageCache:
         if problem is None:
             return base
         todo = None
-        with self._engine.remover.wait_lock(image_id):
+        with self._engine.remover.wait_lock(image_id, lambda: watch.check("verify")):
             if self._engine.quarantine(base):
                 todo = "It stays, since root disks read it, or may: stop and rebuild them, then remove it"
         self._engine.emit("damaged", image_id, problem=problem)

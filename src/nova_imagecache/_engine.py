@@ -217,7 +217,7 @@ class Engine:
     def repair(self, image_id: str, cancel: threading.Event | None) -> bool:
         """As ImageCache.repair_base."""
         self.root.prepare()
-        with self.remover.wait_lock(image_id), Watch(image_id, cancel=cancel) as watch:
+        with Watch(image_id, cancel=cancel) as watch, self.remover.wait_lock(image_id, lambda: watch.check("repair")):
             base = self.backend.find_base(image_id)
             if base is None:
                 raise BaseNotFoundError(image_id=image_id)

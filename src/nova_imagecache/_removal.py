@@ -92,8 +92,8 @@ class Remover:
         return lock
 
     @contextmanager
-    def wait_lock(self, image_id: str) -> Iterator[None]:
-        """Hold the base's lock while the block runs.
+    def wait_lock(self, image_id: str, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Hold the base's lock while the block runs. What ``check`` raises ends the wait for it.
 
         Raises:
             LockTimeoutError: whoever holds it makes no progress.
@@ -101,6 +101,7 @@ class Remover:
         lock = self.locks.base(image_id)
         patience = Patience(lock, self.locks.timeout, image_id)
         while not lock.attempt():
+            check()
             patience.wait()
         try:
             yield

@@ -19,9 +19,11 @@ from harness.rig import Rig
 from harness.waiting import Gate, GatedSource, until
 from nova_imagecache import (
     BaseImage,
+    CacheConfig,
     CancelledError,
     DeadlineError,
     DiskTooSmallError,
+    FileLocation,
     ImageCache,
     ImageCacheError,
     ImageInfo,
@@ -30,7 +32,7 @@ from nova_imagecache import (
     Progress,
     SourceForbiddenError,
 )
-from nova_imagecache.testing import FakeSource
+from nova_imagecache.testing import FakeImage, FakeSource
 
 SAMPLE = images.qcow2("led", 4 * MIB)
 SAMPLES = {"img": SAMPLE}
@@ -254,3 +256,58 @@ def test_a_leader_that_dies(rig: Rig, gate: Gate) -> None:
     rig.check("after a leader died")
     assert rig.cache().recover().removed, "what the dead one had staged is swept"
     rig.check_tidy("after a leader died")
+
+
+def test_the_deadline_of_many_images_is_that_of_the_call(rig: Rig) -> None:
+    """Six images that stall, two at a time: no pair gets a deadline of its own; and what is there is a hit."""
+    cache = rig.cache()
+    cache.ensure_base("img")
+    never = threading.Event()
+    stalled = {f"stalled-{number}": FakeImage(data=b"x" * MIB, stall=never) for number in range(6)}
+    config = CacheConfig(root=rig.root, disks_dir=rig.disks, backend="qcow2", max_concurrent_fetches=2)
+    many = ImageCache(config, source=FakeSource(stalled), backend=rig.backend())
+    start = time.monotonic()
+    results = many.ensure_bases([*stalled, "img"], deadline=1.5)
+    took = time.monotonic() - start
+    never.set()
+    assert took < 3
+    assert [type(result.error) for result in results[:-1]] == [DeadlineError] * 6
+    assert results[-1].base is not None
+
+
+@pytest.mark.parametrize("name", ["deadline", "cancel"])
+def test_nobody_waits_for_the_admission_lock_beyond_the_call(name: str, rig: Rig) -> None:
+    """Whoever holds it stands still, and lock_timeout is an hour."""
+    act, expected = LEADERS[name]
+    cache = rig.cache()
+    cache.recover()
+    cancel = threading.Event()
+    if name == "cancel":
+        threading.Timer(0.5, cancel.set).start()
+    start = time.monotonic()
+    with cache._engine.locks.admission(), pytest.raises(expected):
+        act(rig.cache(), rig.source(), cancel)
+    assert time.monotonic() - start < 10
+
+
+def test_cancel_ends_the_wait_for_a_base(rig: Rig) -> None:
+    """Somebody works on the base that is to be repaired, or was found damaged."""
+    cache = rig.cache()
+    location = cache.ensure_base("img").location
+    assert isinstance(location, FileLocation)
+    lock = cache._engine.locks.base("img")
+    cancel = threading.Event()
+    cancel.set()
+    assert lock.attempt()
+    try:
+        with pytest.raises(CancelledError):
+            rig.cache().repair_base("img", cancel=cancel)
+        location.path.chmod(0o600)
+        with location.path.open("r+b") as file:
+            file.write(b"damaged")
+        cancel.clear()
+        threading.Timer(1, cancel.set).start()
+        with pytest.raises(CancelledError):
+            rig.cache().verify_base("img", cancel=cancel)
+    finally:
+        lock.release()
