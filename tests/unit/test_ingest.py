@@ -62,9 +62,9 @@ def asked(
     allow_unverified: bool = False,
     admit: Callable[[int, str, int], None] = nothing,
 ) -> Request:
-    def admit_free(needed: int, stage: str) -> bool:
+    def admit_free(needed: int, stage: str, placed: int) -> bool:
         try:
-            admit(needed, stage)
+            admit(needed, stage, placed)
         except NoSpaceError:
             return False
         return True
@@ -597,7 +597,7 @@ class Room:
         self.asks = 0
         self.promised = 0
 
-    def admit(self, needed: int, stage: str) -> None:
+    def admit(self, needed: int, stage: str, _placed: int = 0) -> None:
         self.asks += 1
         standing = self.standing()
         if standing + needed > self.size:
