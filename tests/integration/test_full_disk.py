@@ -316,7 +316,9 @@ def test_max_bytes_is_kept(tmp_path: Path) -> None:
             cache.ensure_base("second")
         error = caught.value
         assert (error.needed, error.limit, error.in_use, error.recent) == (2 * MIB, "max_bytes", 0, taken)
-        assert error.free == int(2.2 * MIB) - taken
+        # the refused fetch's own directories in staging are counted as well
+        assert error.free is not None
+        assert 0 <= int(2.2 * MIB) - taken - error.free <= 4 * 4096
         assert source.opens == 1
         cache.remove_base("img")
         cache.ensure_base("second")

@@ -139,10 +139,17 @@ def _superseded(users: Path) -> Iterator[Path]:
 
 
 def _finish(users: Path) -> None:
-    """Give an image's unfinished references their names whose disks have theirs."""
+    """Give an image's unfinished references their names whose disks have theirs, and whose makers are dead."""
     for path in map(users.joinpath, _entries.names(users)):
-        if is_unfinished(path) and (own := made_at(path)) is not None and leads_to(path, own):
-            finish(path.with_name(path.name.removesuffix(UNFINISHED) + ".json"), own)
+        disk = refers_to(path) if is_unfinished(path) else None
+        held = None if disk is None else _entries.hold(disk.parent, wait=False, follow=True)
+        if held is None:
+            continue
+        try:
+            if (own := made_at(path)) is not None and leads_to(path, own):
+                finish(path.with_name(path.name.removesuffix(UNFINISHED) + ".json"), own)
+        finally:
+            held.release()
 
 
 def _may_hold_litter(directory: str) -> bool:

@@ -34,13 +34,9 @@ def is_unfinished(written: Path) -> bool:
 
 
 def finish(written: Path, own: float) -> None:
-    """The disk has its name: so has its reference from now on."""
+    """The disk has its name: so has its reference from now on. The disk's directory is held."""
     set_aside(written, own)
-    try:
-        _fs.rename(unfinished(written), written)
-    except FileNotFoundError:
-        if made_at(written) != own:  # else a recover beside us was first
-            raise
+    _fs.rename(unfinished(written), written)
     _fs.fsync_dir(written.parent)
 
 
