@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from nova_imagecache._models import BaseImage
 
+OF_DOMAIN = " of domain "
+"""Between a disk's path and its domain's name, in what a hypervisor's finder tells of a user."""
 _CHAIN = 64
 """Overlays on overlays before a chain counts as endless."""
 _HEAD = 4096

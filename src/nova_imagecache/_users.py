@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from nova_imagecache import _guard
-from nova_imagecache._chains import KnownBases, reads_by_name
+from nova_imagecache._chains import OF_DOMAIN, KnownBases, reads_by_name
 from nova_imagecache._models import FileLocation
 from nova_imagecache.exceptions import UsersUnknownError
 
@@ -80,8 +80,11 @@ def readers_by_name(backend: Backend, finders: Sequence[UserFinder], bases: Sequ
     found = from_finders(finders, bases).get(bases[0].image_id, [])
     known = KnownBases(bases)
     for user in found if known else ():
-        path = user.detail.partition(" of domain ")[0]
-        if user.disk_id is not None and (not path.startswith("/") or reads_by_name(path, known)):
+        if user.disk_id is None:
+            continue
+        # where it names no file, nothing shows that it reads through a link
+        paths = [path for path in (user.detail, user.detail.rpartition(OF_DOMAIN)[0]) if path and os.path.lexists(path)]
+        if not paths or any(reads_by_name(path, known) for path in paths):
             readers.append(user)
     return readers
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
 from nova_imagecache._ahead import attended
-from nova_imagecache._chains import KnownBases, backing_file, record_of, uses
+from nova_imagecache._chains import OF_DOMAIN, KnownBases, backing_file, record_of, uses
 from nova_imagecache._models import BlockLocation, DiskUser, RbdLocation
 from nova_imagecache.exceptions import DiskNotFoundError, InvalidRequestError, UsersUnknownError
 
@@ -187,7 +187,7 @@ class LibvirtDomains:
                     known_by=self.name,
                     disk_id=top.parent.name,
                     name=top.name,
-                    detail=f"{top} of domain {disk.domain}",
+                    detail=f"{top}{OF_DOMAIN}{disk.domain}",
                     certain=certain,
                 )
             told.add(disk.layers[0])

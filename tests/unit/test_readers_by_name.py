@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from nova_imagecache import (
     BaseImage,
     BaseInUseError,
     DiskExistsError,
+    DiskUser,
     ImageCache,
     ImageRejectedError,
     UserFinder,
@@ -132,6 +133,33 @@ def test_links_and_lists_stand_in_nobodys_way(tmp_path: Path) -> None:
         with host.cache(*finders) as cache:
             assert cache.ensure_base("img", expect=NEW.digest).digest == NEW.digest
             assert (host.rig.disks / "old" / "disk.base").read_bytes() == OLD.guest
+
+
+class _Hypervisor:
+    """Tells of one disk as LibvirtDomains does."""
+
+    name = "libvirt"
+
+    def __init__(self, disk: Path) -> None:
+        self.disk = disk
+
+    def find(self, bases: Sequence[BaseImage]) -> Iterator[DiskUser]:
+        image_id = bases[0].image_id
+        yield DiskUser(image_id=image_id, known_by=self.name, disk_id="vm", detail=f"{self.disk} of domain guest")
+
+
+def test_what_a_hypervisor_tells_is_followed(tmp_path: Path) -> None:
+    """A disk that it names by its path and domain reads through its link, or not, or cannot be seen: then it counts."""
+    with places.quick(tmp_path) as directory:
+        host = Host(directory, "link")
+        with host.cache() as cache:
+            cache.create_root_disk("img", "old", size=SIZE)
+        host.renew()
+        for disk in (host.overlay(host.base), host.foreign / "gone"):
+            with host.cache(_Hypervisor(disk)) as cache, pytest.raises(BaseInUseError):
+                cache.ensure_base("img", expect=NEW.digest)
+        with host.cache(_Hypervisor(host.rig.disks / "old" / "disk")) as cache:
+            assert cache.ensure_base("img", expect=NEW.digest).digest == NEW.digest
 
 
 # --- a base that must not be used
