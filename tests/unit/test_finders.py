@@ -316,14 +316,16 @@ def test_formats_that_nobody_makes_any_more(old_format: str, place: Place) -> No
     assert place.found() == [("img", "disk")]
 
 
-def test_a_root_behind_a_symbolic_link(tmp_path: Path) -> None:
-    """A disk names the base by its real path, and comes between the plan and the removal: the second look sees it."""
+@pytest.mark.parametrize("via", ["real", "other"])
+def test_a_root_behind_a_symbolic_link(via: str, tmp_path: Path) -> None:
+    """A disk names the base by another path, and comes between the plan and the removal: the second look sees it."""
     (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to("real")
+    for name in ("link", "other"):
+        (tmp_path / name).symlink_to("real")
     place = Place(tmp_path / "link")
     with place.cache() as cache:
         plan = cache.plan_cleanup(max_idle=0)
-        place.overlay("vm/disk", place.base.resolve())
+        place.overlay("vm/disk", tmp_path / via / place.base.relative_to(tmp_path / "link"))
         assert "img" not in cache.cleanup(plan).removed
         assert "img" in names(cache)
 
