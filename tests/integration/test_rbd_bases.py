@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from harness import rbd as pool
 from harness.images import raw
 from nova_imagecache import BaseNotFoundError, CacheConfig, ImageCache
 from nova_imagecache.backends import _rados, _rados_claims, _rbd_adopted, _rbd_bases
-from nova_imagecache.exceptions import BaseInUseError, DiskInUseError
+from nova_imagecache.exceptions import BackendUnavailableError, BaseInUseError, DiskInUseError
 from nova_imagecache.testing import FakeSource, FaultPlan
 from services.ceph import CephCluster
 from services.ceph_bindings import bindings
@@ -65,6 +67,30 @@ def test_a_base_is_told_by_its_header(ceph: CephCluster, tmp_path: Path) -> None
             assert list(cache.bases()) == []
             with pytest.raises(BaseNotFoundError):
                 cache.get_base("img")
+
+
+def test_what_is_found_is_listed(ceph: CephCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceph lets a name lead to an image before it lists the image: in between, and after a death there, what is found
+    is listed once and counted once, and recover finishes it."""
+    restore = _rados.trash_restore
+
+    def die(ioctx: Any, rbd_id: str, name: str) -> None:
+        ioctx.write_full(f"rbd_id.{name}", struct.pack("<I", len(rbd_id)) + rbd_id.encode())
+        raise BackendUnavailableError("died", backend="rbd")
+
+    with make_cache(ceph, tmp_path) as cache:
+        for make in (cache.ensure_base, lambda image_id: cache.create_root_disk(image_id, "vm")):
+            monkeypatch.setattr(_rados, "trash_restore", die)
+            with suppress(BackendUnavailableError):
+                make("img")
+            monkeypatch.setattr(_rados, "trash_restore", restore)
+            assert [base.image_id for base in cache.bases()] == ["img"]
+            assert [disk.disk_id for disk in cache.root_disks()] == ["vm"] * (make != cache.ensure_base)
+            usage = cache.usage()
+            assert (usage.trash, usage.staging) == (0, 0)
+            assert cache.recover().failed == {}
+            assert pool.leftovers(ceph) == []
+        assert pool.names(ceph) == ["base.img", "vm_disk"]
 
 
 def test_a_claim_of_the_dead_ends_by_itself(ceph: CephCluster, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class RbdBases(Backend):
         for base in self.adopted.iter_bases():
             seen.add(base.image_id)
             yield base
-        for name in _rbd_look.names(self.store.io):
+        for name in self.store.names():
             image_id = name.removeprefix(BASE)
             if not name.startswith(BASE) or image_id in seen:
                 continue
@@ -301,8 +301,9 @@ class RbdBases(Backend):
             if is_unfinished(name):
                 with suppress(NotThereError), _rbd_look.opened(self.store.io, name) as image:
                     staging += _allocated(image, fixed=False)
+        coming = self.store.coming()  # counted as the bases that they are
         for entry in _rbd_look.trash(self.store.io):
-            if entry.name.startswith(BASE) or is_unfinished(entry.name):
+            if (entry.name.startswith(BASE) or is_unfinished(entry.name)) and entry.image_id not in coming:
                 with suppress(NotThereError), _rbd_look.opened_by_id(self.store.io, entry.image_id) as image:
                     trash += _allocated(image, fixed=False)
         return Capacity(

@@ -181,7 +181,7 @@ class RbdDisks(RbdBases):
             return None
 
     def iter_root_disks(self) -> Iterator[RootDisk]:
-        for image_name in _rbd_look.names(self.store.io):
+        for image_name in self.store.names():
             if (names := split_disk_name(image_name)) is None:
                 continue
             try:

@@ -25,7 +25,7 @@ from nova_imagecache.backends import RbdLocation, _rados, _rados_claims, _rbd_lo
 from nova_imagecache.backends._rados_errors import BusyError, NotThereError, UnfinishedError
 from nova_imagecache.backends._rbd_connection import Address, Connection, hold, release
 from nova_imagecache.backends._rbd_options import FEATURES, LAYERING, RbdOptions
-from nova_imagecache.backends._rbd_owner import Owner
+from nova_imagecache.backends._rbd_owner import Owner, is_unfinished
 from nova_imagecache.exceptions import BackendUnavailableError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -157,6 +157,29 @@ class Store:
         """The id of the image of that name, None: there is none, or half of one."""
         rbd_id = _rbd_look.named(self.io, name)
         return rbd_id if rbd_id is not None and _rbd_look.has_header(self.io, rbd_id) else None
+
+    def names(self) -> list[str]:
+        """The images of the pool, trash left out. What is found by its name is listed, at every moment.
+
+        Costs one operation more for each image that is being published.
+        """
+        # coming out of the trash, an image has its name first, is listed then, and leaves the trash last
+        coming = self.coming()
+        return sorted({*_rbd_look.names(self.io), *coming.values()})
+
+    def coming(self) -> dict[str, str]:
+        """What the trash still lists though its name leads to it already, since it is being published: ids and names.
+
+        A death leaves it like that until ``recover``.
+        """
+        found = {}
+        for entry in _rbd_look.trash(self.io):
+            unfinished = is_unfinished(entry.name)
+            if unfinished or entry.name.startswith(BASE):
+                name = _rbd_look.metadata_of(self.io, entry.image_id, FINAL) if unfinished else entry.name
+                if name is not None and _rbd_look.named(self.io, name) == entry.image_id:
+                    found[entry.image_id] = name
+        return found
 
     # --- changing
 
