@@ -37,7 +37,7 @@ def main() -> None:
         work = Path(name)
         with step("make a qcow2 image: 64 MiB of data in a disk of 1 GiB") as say:
             image_file = make_image(work / "image.qcow2")
-            say(mib(image_file.stat().st_size))
+            say(readable(image_file.stat().st_size))
         with step("start a real Glance (sqlite, files, no keystone)") as say:
             glance = stack.enter_context(GlanceServer(work / "glance"))
             say(glance.url)
@@ -75,11 +75,11 @@ def use_cache(work: Path, endpoint: str, image_id: str) -> None:
 
         with step("usage: what the cache takes") as say:
             usage = cache.usage()
-            say(f"{usage.base_count} base: {mib(usage.allocated)} ({mib(usage.reclaimable)} reclaimable)")
+            say(f"{usage.base_count} base: {readable(usage.allocated)} ({readable(usage.reclaimable)} reclaimable)")
 
         with step("plan_cleanup: what could go, and why not") as say:
             plan = cache.plan_cleanup()
-            say(f"{mib(plan.freeable)} could go")
+            say(f"{readable(plan.freeable)} could go")
         for item in plan.items:
             print(f"              {item.image_id}: {item.verdict}, {item.reason}")
 
@@ -104,21 +104,21 @@ def show_progress() -> Callable[[Progress], None]:
         quarter = 4 * now.done // total if total else 0
         if quarter and (now.stage, quarter) not in shown:
             shown.add((now.stage, quarter))
-            print(f"              {now.stage:<7} {mib(now.done):>10} of {mib(total)}", flush=True)
+            print(f"              {now.stage:<7} {readable(now.done):>10} of {readable(total)}", flush=True)
 
     return progress
 
 
-def mib(size: int) -> str:
+def readable(size: int) -> str:
     """Bytes as a reader likes them."""
-    return f"{size / MIB:.1f} MiB"
+    return f"{size / MIB:.1f} MiB" if size >= MIB else f"{size // 1024} KiB"
 
 
 def describe(disk: RootDisk) -> str:
     """The disk in a few words."""
     assert isinstance(disk.location, FileLocation)  # noqa: S101  the qcow2 backend makes files
     allocated = disk.location.path.stat().st_blocks * 512
-    return f"{disk.virtual_size / GIB:.0f} GiB for the guest, {mib(allocated)} on disk"
+    return f"{disk.virtual_size / GIB:.0f} GiB for the guest, {readable(allocated)} on disk"
 
 
 def print_backing_chain(disk: RootDisk) -> None:
