@@ -66,8 +66,8 @@ def _command(name: str, command: type[CacheCommand], app: CacheApp) -> Iterator[
 
 def own(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """The parser's own arguments, positional ones first: without those that choose the output's format."""
-    groups = [group for group in parser._action_groups if group.title in ("positional arguments", "options")]  # noqa: SLF001
-    actions = [action for group in groups for action in group._group_actions]  # noqa: SLF001
+    groups = [group for group in parser._action_groups if group.title in ("positional arguments", "options")]  # noqa: SLF001  # no other way
+    actions = [action for group in groups for action in group._group_actions]  # noqa: SLF001  # no other way
     return sorted(actions, key=lambda action: bool(action.option_strings))
 
 

@@ -91,7 +91,7 @@ class MiniDriver:
 
     def start(self, name: str) -> None:
         """Start the guest with its disks as they are now."""
-        domain = ET.fromstring(self._libvirt.lookupByName(name).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))  # noqa: S314
+        domain = ET.fromstring(self._libvirt.lookupByName(name).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))  # noqa: S314  # of libvirt
         for devices in domain.iter("devices"):
             for old in devices.findall("disk"):
                 devices.remove(old)

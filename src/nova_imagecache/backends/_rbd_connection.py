@@ -261,7 +261,7 @@ def _open_pool(cluster: Any, name: str) -> Ioctx:
         ioctx: Any = cluster.open_ioctx(name)
         # a full pool refuses at once what takes room, and lets pass what frees it: otherwise both wait until it is not
         ioctx.set_osdmap_full_try()
-        return ioctx  # type: ignore[no-any-return]
+        return ioctx  # type: ignore[no-any-return]  # the bindings have no types
 
 
 def _hosts(answer: Any) -> Iterator[tuple[str, int]]:

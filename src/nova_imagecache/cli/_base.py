@@ -34,7 +34,7 @@ class _Table(TableFormatter):
     """cliff's table, with numbers to the right."""
 
     # an attribute of the instance for cliff; keyed by the type of the first row's value
-    ALIGNMENTS: dict[Any, Literal["l", "c", "r"]] = {  # noqa: RUF012
+    ALIGNMENTS: dict[Any, Literal["l", "c", "r"]] = {  # noqa: RUF012  # cliff declares it so
         **TableFormatter.ALIGNMENTS,
         Number: "r",
         UserCount: "r",

@@ -159,18 +159,18 @@ class ContractKit(abc.ABC):
 
     # --- hooks that may be left out: their tests are skipped, and say so
 
-    def filled(self, backend: Backend, paths: BackendPaths) -> AbstractContextManager[None] | None:  # noqa: ARG002
+    def filled(self, backend: Backend, paths: BackendPaths) -> AbstractContextManager[None] | None:  # noqa: ARG002  # overridden
         """Storage without room for another 64 KiB while the block runs; None: it cannot be filled here.
 
         ``fill_directory`` does it for a small filesystem, on which ``make_paths`` then puts the storage.
         """
         return None
 
-    def hidden_users(self, backend: Backend, paths: BackendPaths) -> AbstractContextManager[None] | None:  # noqa: ARG002
+    def hidden_users(self, backend: Backend, paths: BackendPaths) -> AbstractContextManager[None] | None:  # noqa: ARG002  # overridden
         """Storage that cannot count users while the block runs; None: it always can."""
         return None
 
-    def held_open(self, backend: Backend, disk: RootDisk) -> AbstractContextManager[None] | None:  # noqa: ARG002
+    def held_open(self, backend: Backend, disk: RootDisk) -> AbstractContextManager[None] | None:  # noqa: ARG002  # overridden
         """A guest that has the disk open for writing while the block runs; None: nobody can have it open.
 
         Where the disk is a file or a block device: qemu, with the locks that it takes.
