@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import json
 import logging
 import os
@@ -16,12 +17,14 @@ from nova_imagecache._models import FileLocation
 from nova_imagecache.exceptions import UsersUnknownError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from nova_imagecache._models import BaseImage
 
 OF_DOMAIN = " of domain "
 """Between a disk's path and its domain's name, in what a hypervisor's finder tells of a user."""
+NOT_DISKS = ("console.log", "console.log.*", "disk.info", "libvirt.xml", "lost+found", "swtpm", "unrescue.xml")
+"""Names, as shell patterns, that hypervisors, drivers and filesystems give to what is no disk."""
 _CHAIN = 64
 """Overlays on overlays before a chain counts as endless."""
 _HEAD = 4096
@@ -216,6 +219,12 @@ def _is_raw(path: str) -> bool:
     """Whether it is a raw disk of ours, whatever header its guest has written."""
     record = record_of(path)
     return record is not None and record.format == "raw"
+
+
+def is_called(path: str, patterns: Iterable[str]) -> bool:
+    """Whether a file's or directory's name is one of these shell patterns."""
+    name = path.rpartition("/")[2]
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def backing_file(path: Path) -> Path | None:

@@ -5,12 +5,12 @@ A finder that cannot tell raises UsersUnknownError, and every base it was asked 
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nova_imagecache import _chains
 from nova_imagecache._chains import KnownBases, base_below, by_record
 from nova_imagecache._models import DiskUser
 from nova_imagecache.exceptions import UsersUnknownError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from nova_imagecache._models import BaseImage
 
-NOT_DISKS = ("console.log", "console.log.*", "disk.info", "libvirt.xml", "lost+found", "swtpm", "unrescue.xml")
+NOT_DISKS = _chains.NOT_DISKS
 """Names, as shell patterns, that hypervisors, drivers and filesystems give to what is no disk."""
 
 _log = logging.getLogger(__name__)
@@ -189,8 +189,7 @@ class _Look:
         return self._layers.get(path)
 
     def _is_no_disk(self, path: str) -> bool:
-        name = path.rpartition("/")[2]
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self._not_disks)
+        return _chains.is_called(path, self._not_disks)
 
     def raise_doubts(self) -> None:
         """Come back if everything could be told.

@@ -147,7 +147,8 @@ def reader_of(link: Path, base: Path | None = None) -> str | None:
     """The name of another file in the directory that names ``link``, or ``base``, as its backing file; None: none does.
 
     ``link`` is ``<name>.base`` of a disk; neither it nor the disk counts. Nor does a disk that has a path reference of
-    its own.
+    its own, or is raw, whatever header its guest has written. A file that cannot be read may be anything's reader, but
+    for a root disk, which has its own reference, and for what is called as no disk is.
     """
     real = None if base is None else os.path.realpath(base)
     for name in _entries.names(link.parent):
@@ -156,14 +157,17 @@ def reader_of(link: Path, base: Path | None = None) -> str | None:
             continue
         try:
             backing = _chains.backing_file(path)
-        except OSError:  # unreadable: it may be anything's reader
-            return name
+        except OSError:
+            if _chains.record_of(path) is None and not _chains.is_called(name, _chains.NOT_DISKS):
+                return name
+            continue
         if backing is None:
             continue
-        if backing.name == link.name:
-            return name
-        if real is not None and os.path.realpath(backing) == real:
-            record = _chains.record_of(path)
-            if record is None or record.reference != "path":
-                return name
+        by_path = real is not None and os.path.realpath(backing) == real
+        if backing.name != link.name and not by_path:
+            continue
+        record = _chains.record_of(path)
+        if record is not None and (record.format == "raw" or (by_path and record.reference == "path")):
+            continue
+        return name
     return None
