@@ -26,7 +26,7 @@ OF_DOMAIN = " of domain "
 NOT_DISKS = ("console.log", "console.log.*", "disk.info", "libvirt.xml", "lost+found", "swtpm", "unrescue.xml")
 """Names, as shell patterns, that hypervisors, drivers and filesystems give to what is no disk."""
 _CHAIN = 64
-"""Overlays on overlays before a chain counts as endless."""
+"""Overlays on overlays that are looked through: what lies below more of them is doubt."""
 _HEAD = 4096
 """Bytes that hold the header, and nearly always the backing file's name: a pass over thousands of disks reads once."""
 _MAGIC = b"QFI\xfb"
@@ -170,7 +170,7 @@ def base_below(path: Path | str, known: KnownBases) -> str | None:
     A chain that leads to nothing ends there: a guest may have written any header on a raw disk.
 
     Raises:
-        OSError: a file of the chain is there and cannot be read; ``filename`` says which.
+        OSError: a file of the chain is there and cannot be read, or lies too deep; ``filename`` says which.
     """
     top = os.fspath(path)
     try:
@@ -203,7 +203,7 @@ def _follow(top: str, known: KnownBases) -> tuple[str, str] | None:
         if os.path.normpath(below) in seen or _is_device(below):  # a chain that bites its tail opens nowhere
             return None
         current = below
-    return None
+    raise OSError(errno.ELOOP, f"it lies below {_CHAIN} overlays, and nobody looks further", current)
 
 
 def _is_device(path: Path | str) -> bool:

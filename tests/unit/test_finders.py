@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import struct
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -194,6 +195,25 @@ def test_several_directories(place: Place) -> None:
 
 
 # --- what is no user
+
+
+def test_a_chain_that_nobody_follows_to_its_end(place: Place) -> None:
+    """QEMU opens it all the same: what lies below so many overlays is doubt, and keeps the base."""
+    below, below_format = place.base, "raw"
+    for number in range(66):
+        below = place.overlay(f"vm/{number}", below, below_format)
+        below_format = "qcow2"
+    assert subprocess.run(["qemu-io", "-r", "-c", "read 0 4k", below], capture_output=True, check=False).returncode == 0
+    with pytest.raises(UsersUnknownError, match="overlays"):
+        place.find()
+    assert place.kept()
+
+
+def test_ever_longer_names_end(place: Place) -> None:
+    """A guest's header that names its own file through a symbolic link: no chain, and no doubt."""
+    place.overlay("vm/disk", "here/disk")
+    (place.disks / "vm" / "here").symlink_to(".")
+    assert place.found() == []
 
 
 def test_loops_end(place: Place) -> None:
