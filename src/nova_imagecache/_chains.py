@@ -292,20 +292,33 @@ def _backing_name(fd: int, head: bytes) -> str:
 def _file_of(named: str) -> str | None:
     """The file in a name such as QEMU's block jobs write: ``json:{"driver": ..., "file": {"filename": ...}}``.
 
-    With a ``backing`` of its own it is read instead of what the file's header names: then that one's file.
+    Each name may also stand in one, with dots: ``{"file.filename": ...}``. With a ``backing`` of its own it is read
+    instead of what the file's header names: then that one's file.
     """
     try:
-        options = json.loads(named.removeprefix("json:"))
+        options = dict(_dotted("", json.loads(named.removeprefix("json:"))))
     except (ValueError, RecursionError):
         return None
-    while isinstance(options, dict) and isinstance(options.get("backing"), dict):
-        options = options["backing"]
-    while isinstance(options, dict):
-        for key in ("filename", "file.filename"):
-            if isinstance(options.get(key), str):
-                return str(options[key])
-        options = options.get("file")
-    return None
+    at = ""
+    while True:
+        found = options.get(f"{at}filename")
+        if any(key.startswith(f"{at}backing.") for key in options):
+            at += "backing."
+        elif isinstance(found, str):
+            return found
+        elif any(key.startswith(f"{at}file.") for key in options):
+            at += "file."
+        else:
+            return None
+
+
+def _dotted(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """The options in one and below it, each by its whole name."""
+    if not isinstance(value, dict):
+        yield name, value
+    else:
+        for key, below in value.items():
+            yield from _dotted(f"{name}.{key}" if name else key, below)
 
 
 def record_of(path: Path | str) -> _records.DiskRecord | None:

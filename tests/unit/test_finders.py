@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -364,6 +365,32 @@ def test_backing_names_in_json(text: str, place: Place) -> None:
     (place.disks / "vm").mkdir()
     (place.disks / "vm" / "disk").write_bytes(header(text.format(path=place.base).encode()))
     assert place.found() == [("img", "vm/disk")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{{"driver":"qcow2","file.filename":"{over}","backing.driver":"raw","backing.file.filename":"{path}"}}',
+        '{{"driver":"qcow2","file.filename":"{over}","backing":{{"driver":"raw","file.filename":"{path}"}}}}',
+        '{{"driver":"qcow2","file.filename":"{over}","backing":{{"driver":"raw"}},"backing.file.filename":"{path}"}}',
+        (
+            '{{"driver":"preallocate","file":{{"driver":"qcow2","file":{{"filename":"{over}"}},'
+            '"backing":{{"driver":"raw","file":{{"filename":"{path}"}}}}}}}}'
+        ),
+        '{{"driver":"raw","file":{{"driver":"raw","file.filename":"{path}"}}}}',
+    ],
+    ids=["flat", "nested", "both", "filter", "deep"],
+)
+def test_names_in_json_that_qemu_opens(text: str, place: Place) -> None:
+    """Flat or nested or both: what QEMU reads the base's bytes through leads to the base."""
+    over = place.overlay("over", "nowhere")
+    qemu_img("create", "-q", "-f", "qcow2", str(over), "4M")
+    name = "json:" + text.format(over=over, path=place.base)
+    top_format = json.loads(name.removeprefix("json:"))["driver"]
+    top = place.overlay("vm/disk", name, top_format)
+    read = subprocess.run(["qemu-img", "compare", "-f", "qcow2", "-F", "raw", top, place.base], check=False)
+    assert read.returncode == 0
+    assert ("img", "vm/disk") in place.found()
 
 
 # --- files that go, or cannot be read
