@@ -63,6 +63,7 @@ class KnownBases:
         self._inodes: dict[tuple[int, int], str] = {}
         self._links: dict[Path | str, str] = {}
         self._paths: dict[str, str] = {}
+        self._ends: dict[str, str] = {}  # of their paths, as another mount of the root has them too
         reals: dict[str, str] = {}  # of the directories above, where an operator may have put symbolic links
         for base in bases:
             if not isinstance(base.location, FileLocation):
@@ -73,6 +74,8 @@ class KnownBases:
             if (real := reals.get(above)) is None:
                 real = reals[above] = os.path.realpath(above)
             self._paths[f"{real}{path.removeprefix(above)}"] = base.image_id
+            if base.image_id in (end := _end(path)):
+                self._ends[end] = base.image_id
             try:
                 found = os.stat(path)  # noqa: PTH116 - thousands in a pass
             except FileNotFoundError:  # retired: its other place is in the list as well
@@ -93,12 +96,15 @@ class KnownBases:
         except ValueError:  # no name that a file can have
             return None
         except OSError:  # not there, or not to be seen
-            return self._paths.get(os.path.normpath(path)) or self._paths.get(os.path.realpath(path))
+            normal = os.path.normpath(path)
+            named = self._paths.get(normal) or self._paths.get(os.path.realpath(path))
+            return named or self._ends.get(_end(normal))
         return self._inodes.get((found.st_dev, found.st_ino)) or self._paths.get(os.path.normpath(path))
 
     def is_name(self, path: str) -> bool:
         """Whether this is a base's own path, and not a link to it elsewhere."""
-        return os.path.normpath(path) in self._paths or os.path.realpath(path) in self._paths
+        normal = os.path.normpath(path)
+        return normal in self._paths or _end(normal) in self._ends or os.path.realpath(path) in self._paths
 
     def is_one(self, entry: os.DirEntry[str]) -> bool:
         """Whether this entry of a directory is one of the bases, by another name, without a look where it cannot be.
@@ -115,6 +121,11 @@ class KnownBases:
         if image_id is not None:
             self._links[entry.path] = image_id
         return image_id is not None
+
+
+def _end(path: str) -> str:
+    """A path's last two names."""
+    return "/".join(path.rsplit("/", 2)[-2:])
 
 
 def uses(path: Path | str, known: KnownBases) -> Iterator[tuple[str, bool]]:

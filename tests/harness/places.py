@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from services.require import require
 
 _ROOM = 512 * 2**20
 
@@ -20,3 +24,15 @@ def quick(otherwise: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir=memory) as directory:
         yield Path(directory)
+
+
+@contextmanager
+def mounted_again(directory: Path, alias: Path) -> Iterator[Path]:
+    """The directory under a second name, which is no symbolic link. Tests that use it are marked ``services``."""
+    require(None if os.geteuid() == 0 else "only root can mount a directory again")
+    alias.mkdir()
+    subprocess.run(["mount", "--bind", directory, alias], check=True)
+    try:
+        yield alias
+    finally:
+        subprocess.run(["umount", alias], check=True)

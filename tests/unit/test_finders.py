@@ -148,6 +148,23 @@ def test_backing_names_in_every_form(form: str, place: Place) -> None:
     assert ("img", "vm/disk") in place.found()
 
 
+def test_a_name_through_another_mount_counts(place: Place) -> None:
+    """While the base has no name it cannot be compared: then the end of the path tells."""
+    place.overlay("vm/disk", "/another/mount/bases/img/disk")
+    place.overlay("vm/other", "/another/mount/bases/gone/disk")
+    assert place.found() == [("img", "vm/disk")]
+
+
+@pytest.mark.services
+def test_a_user_through_another_mount_that_comes_after_the_plan(place: Place) -> None:
+    """The second look, at a base that is just being removed, finds it."""
+    with places.mounted_again(place.rig.root, place.rig.dir / "alias") as alias, place.cache() as cache:
+        plan = cache.plan_cleanup(max_idle=0)
+        top = place.overlay("vm/disk", alias / "bases" / "img" / "disk")
+        assert cache.cleanup(plan).removed == ("other",)
+        qemu_img("compare", "-q", "-f", "qcow2", "-F", "raw", str(top), str(place.base))
+
+
 def test_a_symbolic_name_of_the_base_counts(place: Place) -> None:
     """The chain leads through it to the same inode."""
     (place.disks / "alias").symlink_to(place.base)

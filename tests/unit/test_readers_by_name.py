@@ -91,6 +91,17 @@ def test_a_disk_that_only_a_finder_knows_keeps_its_bytes(host: Host) -> None:
         assert names(cache) == {"img"}
 
 
+@pytest.mark.services
+def test_a_disk_that_has_the_name_through_another_mount_keeps_its_bytes(host: Host) -> None:
+    """It would read the new ones as well."""
+    host.renew()
+    with places.mounted_again(host.rig.root, host.rig.dir / "alias") as alias, host.cache() as cache:
+        host.overlay(alias / "bases" / "img" / "disk")
+        with pytest.raises(BaseInUseError, match="vm/disk"):
+            cache.ensure_base("img", expect=NEW.digest)
+        assert host.base.read_bytes() == OLD.guest
+
+
 def test_a_disk_that_came_between_the_looks_keeps_its_bytes(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second look is after the name went: it is known by the name it had."""
     backend = host.rig.backend()
