@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,16 @@ from harness import images, places
 from harness.images import MIB, qemu_img
 from harness.rig import Rig
 from harness.upkeep import names, open_cache
-from nova_imagecache import BackendError, BaseInUseError, BasePinnedError, ImageCache, ImageCacheError
+from nova_imagecache import (
+    BackendError,
+    BackendPaths,
+    BaseInUseError,
+    BasePinnedError,
+    CacheConfig,
+    ImageCache,
+    ImageCacheError,
+)
+from nova_imagecache.backends.qcow2 import Qcow2Backend
 from nova_imagecache.finders import DiskDirectories
 from nova_imagecache.testing import FaultPlan
 
@@ -52,6 +63,66 @@ def test_a_disk_that_was_flattened_by_others_lets_its_base_go(rig: Rig) -> None:
     assert cache.users("img") == []
     assert cache.get_root_disk("vm").reference == "none"
     assert cache.recover().removed == ()
+
+
+def test_what_others_called_like_ours_stays(rig: Rig) -> None:
+    """Nobody wrote down that it is ours, and it does not look it."""
+    cache = rig.cache()
+    cache.create_root_disk("img", "vm", size=SIZE)
+    (rig.disks / "notours").mkdir()
+    theirs = [
+        rig.disks / "vm" / "golden.base",
+        rig.disks / "notours" / "debian.base",
+        rig.disks / "notours" / ".config.0123456789abcdef" / "x",
+        rig.disks / "notours" / ".disk.sixteen letters" / "disk",
+        rig.disks / ".check.ed",
+    ]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"somebody's only copy")
+    directory = rig.disks / "vm" / "of_theirs.base"
+    directory.mkdir(mode=0o555)
+    leads = rig.disks / "vm" / ".disk.0123456789abcdef"
+    leads.symlink_to(directory)
+    assert cache.cleanup().swept == cache.recover().removed == ()
+    assert all(path.read_bytes() == b"somebody's only copy" for path in theirs)
+    assert directory.is_dir()
+    assert leads.is_symlink()
+
+
+@pytest.mark.parametrize("group", [None, grp.getgrgid(os.getgid()).gr_name])
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+def test_a_link_without_its_disk_and_record_is_ours(group: str | None, mask: int, rig: Rig) -> None:
+    """A driver that died while it deleted the directory leaves any of the three: the base goes in its time."""
+    before = os.umask(mask)
+    try:
+        paths = BackendPaths(root=rig.root, disks_dir=rig.disks, group=group)
+        config = CacheConfig(root=rig.root, disks_dir=rig.disks, group=group)
+        backend = Qcow2Backend(rig.options, paths)
+        with ImageCache(config, source=rig.source(), backend=backend) as cache:
+            cache.create_root_disk("img", "vm", size=SIZE)
+            mode = (rig.root / "bases" / "img" / "disk").stat().st_mode
+            assert stat.S_IMODE(mode) == (0o444 if group is None else 0o440)
+            link = rig.disks / "vm" / "disk.base"
+            for name in ("disk", "disk.json"):
+                (rig.disks / "vm" / name).unlink()
+            assert cache.recover().removed == (("disks/vm/disk.base",) if rig.kind == "link" else ())
+            assert not link.exists()
+    finally:
+        os.umask(before)
+
+
+def test_a_link_of_a_base_that_was_made_ours_again_is_ours(open_path: Path, in_child: InChild) -> None:
+    """Its file is a copy, with the mode of the old one."""
+    open_path.chmod(0o777)
+    rig = Rig(open_path, "link", {"img": images.raw("recovered")})
+    in_child(lambda: rig.cache().ensure_base("img") and None, unprivileged=True)
+    cache = rig.cache()
+    assert cache.repair_base("img") is (os.geteuid() == 0)
+    cache.create_root_disk("img", "vm", size=SIZE)
+    for name in ("disk", "disk.json"):
+        (rig.disks / "vm" / name).unlink()
+    assert cache.recover().removed == ("disks/vm/disk.base",)
 
 
 def test_directories_of_others_are_passed_over(open_path: Path, in_child: InChild) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -50,7 +52,7 @@ class RecoverableDisks(FileDisks):
                 held.release()
         if directory.is_dir():
             alive.append(f"disks/{disk_id}")
-        elif disk_id.startswith(".check."):  # of a check() that died
+        elif disk_id.startswith(".check.") and _is_random(disk_id):  # of a check() that died
             _fs.unlink(directory)
             return [f"disks/{disk_id}"]
         return []
@@ -82,10 +84,8 @@ class RecoverableDisks(FileDisks):
             if name.startswith(".") and _is_making(directory / name):
                 _fs.rmtree(directory / name)
             elif name.endswith(".base") and name.removesuffix(".base") not in names:
-                stem = name.removesuffix(".base")
-                if self._is_needed(disk_id, stem, self._load(directory, stem)):
+                if not self._sweep_link(directory, disk_id, name.removesuffix(".base")):
                     continue
-                self._forget(directory, disk_id, stem)
             elif name.endswith(".json") and name.removesuffix(".json") not in names:
                 stem = name.removesuffix(".json")
                 record = self._load(directory, stem)
@@ -101,6 +101,17 @@ class RecoverableDisks(FileDisks):
         if gone:
             _fs.rmdir(directory)
         return gone
+
+    def _sweep_link(self, directory: Path, disk_id: str, name: str) -> bool:
+        """Remove a link without its disk; whether it was one, and nobody's."""
+        record, link = self._load(directory, name), directory / f"{name}.base"
+        if self._is_needed(disk_id, name, record) or (record is None and not _may_be_link(link)):
+            return False
+        if record is None:
+            _fs.unlink(link)
+        else:
+            self._forget(directory, disk_id, name)
+        return True
 
     def _is_needed(self, disk_id: str, name: str, record: DiskRecord | None) -> bool:
         """Whether what is left of a disk is a snapshot's, or that of one which was moved, and the caller's to end."""
@@ -191,5 +202,18 @@ def _stands_alone(path: str) -> bool:
 
 
 def _is_making(path: Path) -> bool:
-    stem, _dot, suffix = path.name.rpartition(".")
-    return len(suffix) == 16 and bool(stem) and path.is_dir()
+    """Whether a hidden directory is one that a disk is made in: by its name, and by what is in it."""
+    name = path.name[1:].rpartition(".")[0]
+    if not name or not _is_random(path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    return {"record", name, f"{name}.base"}.issuperset(_entries.names(path))
+
+
+def _is_random(name: str) -> bool:
+    return re.fullmatch("[0-9a-f]{16}", name.rpartition(".")[2]) is not None
+
+
+def _may_be_link(path: Path) -> bool:
+    """Whether a file that no record explains may be a link to a base: nobody may write to those."""
+    mode = path.lstat().st_mode
+    return stat.S_ISREG(mode) and not mode & 0o222
