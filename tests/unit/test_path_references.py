@@ -403,3 +403,31 @@ def test_a_death_after_the_disk_has_its_name(rig: Rig) -> None:
         assert _references(rig) == ["vm.disk.json"]
     (rig.disks / "vm" / "disk").rename(rig.disks / "vm" / "moved")
     _nothing_goes(rig, rig.disks / "vm" / "moved")
+
+
+def test_one_directory_that_cannot_be_entered_stops_no_others_reference(open_path: Path, in_child: InChild) -> None:
+    """What is unfinished of the others is finished; of that one it is told."""
+    open_path.chmod(0o777)
+    rig = Rig(open_path, "path", {"img": images.raw("referred to")})
+
+    def make() -> None:
+        with rig.cache() as cache:
+            for disk_id in ("a", "b"):
+                cache.create_root_disk("img", disk_id, size=SIZE)
+        for path in rig.root.glob("users/*/*"):
+            path.rename(path.with_name(f"{path.stem}~unfinished.json"))
+
+    in_child(make, unprivileged=True)
+    (rig.disks / "a").chmod(0)
+    if os.geteuid() == 0:
+        os.chown(rig.disks / "a", 0, 0)
+
+    def recover() -> tuple[str, ...]:
+        return tuple(rig.cache().recover().failed)
+
+    try:
+        failed = in_child(recover, unprivileged=True)
+        assert "users/img/a.disk~unfinished.json" in failed
+        assert _references(rig) == ["a.disk~unfinished.json", "b.disk.json"]
+    finally:
+        (rig.disks / "a").chmod(0o755)

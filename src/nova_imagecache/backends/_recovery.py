@@ -61,13 +61,13 @@ class RecoverableDisks(FileDisks):
         """Finish the references of disks whose maker died when they had their names; take away what an attach that died
         left: a path reference under a name that its disk no longer has.
 
-        Those of one image that cannot be read or removed stop no other's; ``failed`` is told.
+        Those that cannot be read or removed stop no others; ``failed`` is told.
         """
         gone: list[str] = []
         users = self.paths.root / "users"
         for image_id in _entries.names(users):
             try:
-                _finish(users / image_id)
+                failed |= _finish(users / image_id)
                 for path in _superseded(users / image_id):
                     _fs.unlink(path)
                     gone.append(f"users/{image_id}/{path.name}")
@@ -149,18 +149,23 @@ def _superseded(users: Path) -> Iterator[Path]:
         yield from (path for path in paths if there and path not in there.values())
 
 
-def _finish(users: Path) -> None:
-    """Give an image's unfinished references their names whose disks have theirs, and whose makers are dead."""
+def _finish(users: Path) -> dict[str, str]:
+    """Give an image's unfinished references their names whose disks have theirs, and whose makers are dead: those that
+    cannot be, and why."""
+    failed: dict[str, str] = {}
     for path in map(users.joinpath, _entries.names(users)):
-        disk = refers_to(path) if is_unfinished(path) else None
-        held = None if disk is None else _entries.hold(disk.parent, wait=False, follow=True)
-        if held is None:
-            continue
+        held = None
         try:
-            if (own := made_at(path)) is not None and leads_to(path, own):
+            disk = refers_to(path) if is_unfinished(path) else None
+            held = None if disk is None else _entries.hold(disk.parent, wait=False, follow=True)
+            if held is not None and (own := made_at(path)) is not None and leads_to(path, own):
                 finish(path.with_name(path.name.removesuffix(UNFINISHED) + ".json"), own)
+        except OSError as err:  # one directory that cannot be read stops no other's
+            failed[f"users/{users.name}/{path.name}"] = str(err)
         finally:
-            held.release()
+            if held is not None:
+                held.release()
+    return failed
 
 
 def _may_hold_litter(directory: str) -> bool:
