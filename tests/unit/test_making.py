@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from harness.images import MIB, raw
 from harness.rig import Rig
-from nova_imagecache import _fs
+from nova_imagecache import DiskExistsError, DiskNotFoundError, NoSpaceError, _fs
 from nova_imagecache.backends._making import Making
 from nova_imagecache.testing import FaultPlan
 from nova_imagecache.testing._faults import When
@@ -96,3 +97,43 @@ def test_what_is_named_is_synced(kind: str, tmp_path: Path) -> None:
             at for at, (name, targets) in enumerate(steps) if name == "fs.rename" and "/users/" in targets[-1]
         ]
         assert own[0] < referred < named < finished
+
+
+@pytest.mark.parametrize("kind", ["link", "path", "file"])
+def test_a_file_that_another_put_at_the_disks_name_meanwhile(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is his: nothing of ours says that it is a disk, and nothing that a removal would take it."""
+    rig = Rig(tmp_path, kind, {"img": raw("raced")})
+    disk = rig.disks / "vm" / "disk"
+    for step in ("give_name", "link"):
+        really = getattr(_fs, step)
+
+        def meet(source: object, target: Path, really: Callable[[object, Path], None] = really) -> None:
+            if target == disk:
+                disk.write_bytes(b"foreign")
+            really(source, target)
+
+        monkeypatch.setattr(_fs, step, meet)
+    with rig.cache() as cache:
+        with pytest.raises(DiskExistsError):
+            cache.create_root_disk("img", "vm", size=4 * MIB)
+        assert [path.name for path in disk.parent.iterdir()] == ["disk"]
+        assert cache.users("img") == []
+        with pytest.raises(DiskNotFoundError):
+            cache.remove_root_disk("vm")
+    assert disk.read_bytes() == b"foreign"
+
+
+@pytest.mark.parametrize("kind", ["link", "path", "file"])
+def test_a_disk_that_has_its_name_stays_one_whatever_fails_then(kind: str, tmp_path: Path) -> None:
+    """Its maker hears of the failure, and what is there can be removed as a disk."""
+    rig = Rig(tmp_path, kind, {"img": raw("failed behind")})
+    with rig.cache() as cache:
+        cache.ensure_base("img")
+        step = "fs.link" if kind == "file" else "fs.give_name"
+        with FaultPlan().fail(step, when="after", match="vm/disk", nth=2), pytest.raises(NoSpaceError):
+            cache.create_root_disk("img", "vm", size=4 * MIB)
+        assert cache.get_root_disk("vm").image_id == "img"
+        cache.remove_root_disk("vm")
+        assert cache.users("img") == []

@@ -88,7 +88,7 @@ class FileDisks(TiedDisks):
                 disk = self._create(base, disk_id, name, size, making, own_directory=made)
                 making.close()
             except BaseException:
-                if not os.path.lexists(directory / name):
+                if not making.is_at(directory / name):
                     self._forget(directory, disk_id, name)
                 making.close()
                 if made:

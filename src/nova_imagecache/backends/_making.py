@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _fs
@@ -24,18 +25,23 @@ class Making:
         self._nameless = nameless
         self._begun = False
         self._named: dict[int, Path] = {}
+        self._made: set[tuple[int, int]] = set()
 
     def create(self, name: str, mode: int) -> int:
         """A descriptor of an empty file that the caller closes; ``name`` is what its hidden name would be."""
-        if self._nameless:
-            if (fd := _fs.create_nameless(self._directory, mode)) is not None:
-                return fd
-            self._nameless = False
-        if not self._begun:
-            self._begun = True
-            _fs.mkdir(self._hidden, 0o711)
-        fd = _fs.create(self._hidden / name, mode)
-        self._named[fd] = self._hidden / name
+        if (fd := self._without_name(mode)) is None:
+            if not self._begun:
+                self._begun = True
+                _fs.mkdir(self._hidden, 0o711)
+            fd = _fs.create(self._hidden / name, mode)
+            self._named[fd] = self._hidden / name
+        status = os.fstat(fd)
+        self._made.add((status.st_dev, status.st_ino))
+        return fd
+
+    def _without_name(self, mode: int) -> int | None:
+        fd = _fs.create_nameless(self._directory, mode) if self._nameless else None
+        self._nameless = fd is not None
         return fd
 
     def path(self, name: str) -> Path:
@@ -48,6 +54,16 @@ class Making:
             _fs.link(hidden, final)
         else:
             _fs.give_name(fd, final)
+
+    def is_at(self, final: Path) -> bool:
+        """Whether one of these files has that name, and not one that somebody else put there; in doubt it has."""
+        try:
+            status = final.lstat()
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return (status.st_dev, status.st_ino) in self._made
 
     def close(self) -> None:
         """Remove the hidden directory, if there is one."""
