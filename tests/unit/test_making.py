@@ -137,3 +137,31 @@ def test_a_disk_that_has_its_name_stays_one_whatever_fails_then(kind: str, tmp_p
         assert cache.get_root_disk("vm").image_id == "img"
         cache.remove_root_disk("vm")
         assert cache.users("img") == []
+
+
+@pytest.mark.parametrize("kind", ["link", "path", "file"])
+def test_a_directory_that_was_made_for_a_disk_goes_with_the_last(kind: str, tmp_path: Path) -> None:
+    """Also when the disk that it was made for goes first; one that its driver made stays."""
+    rig = Rig(tmp_path, kind, {"img": raw("neighbours")})
+    (rig.disks / "theirs").mkdir(parents=True)
+    disks = ["disk", "disk.eph0", "disk.rescue"]
+    with rig.cache() as cache:
+        for disk_id in ("ours", "theirs"):
+            for name in disks:
+                cache.create_root_disk("img", disk_id, name=name, size=4 * MIB)
+            for name in disks:
+                cache.remove_root_disk(disk_id, name=name)
+    assert [path.name for path in rig.disks.iterdir()] == ["theirs"]
+
+
+def test_a_directory_that_cannot_be_handed_on_stays(tmp_path: Path) -> None:
+    """As on a full filesystem, where disks can be removed all the same."""
+    rig = Rig(tmp_path, "link", {"img": raw("neighbours")})
+    with rig.cache() as cache:
+        for name in ("disk", "disk.rescue"):
+            cache.create_root_disk("img", "vm", name=name, size=4 * MIB)
+        with FaultPlan().fail("fs.create", match="vm/.disk.rescue"):
+            cache.remove_root_disk("vm")
+        cache.remove_root_disk("vm", name="disk.rescue")
+        assert cache.users("img") == []
+    assert list((rig.disks / "vm").iterdir()) == []

@@ -266,10 +266,26 @@ class FileDisks(TiedDisks):
             own = record is not None and record.own_directory
             if not (own and _fs.rmdir(directory)):
                 _fs.fsync_dir(directory)
+                if own:
+                    self._hand_on_directory(disk_id)
         finally:
             held.release()
         if record is None:
             self._drop_references_by_name(disk_id, name)
+
+    def _hand_on_directory(self, disk_id: str) -> None:
+        """Let a directory that was made for a disk go with another that is still in it."""
+        for entry in _entries.names(self._directory(disk_id)):
+            name = entry.removesuffix(".json")
+            record = self._load(self._directory(disk_id), name) if name != entry and name[:1] != "." else None
+            if record is None:
+                continue
+            try:
+                if not record.own_directory:
+                    self._rewrite(disk_id, name, replace(record, own_directory=True))
+            except OSError as err:  # the disk is removed all the same; an empty directory stays when the other goes
+                _log.warning("directory %s does not go with disk %s: %s", disk_id, name, err)
+            return
 
     def resize_root_disk(self, disk_id: str, name: str, size: int) -> RootDisk:
         with self._changing(disk_id, name) as (disk, record):
