@@ -316,3 +316,63 @@ def test_what_is_no_directory_is_an_error_at_once(kind: str, rig: Rig) -> None:
             assert isinstance(err, BackendError)
             assert "should be a directory" in str(err)
         assert os.path.lexists(rig.disks / "vm")
+
+
+# --- bases behind a symbolic link
+
+
+def _moved(rig: Rig) -> Path:
+    """Where an operator moved the base, and left a symbolic link."""
+    rig.cache().ensure_base("img")
+    elsewhere = rig.dir / "elsewhere"
+    (rig.root / "bases" / "img").rename(elsewhere)
+    (rig.root / "bases" / "img").symlink_to(elsewhere)
+    return elsewhere
+
+
+def test_a_base_that_was_moved_and_linked_goes_by_its_link(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    """What lies behind it may be another root's too: it stays, and the log says where."""
+    elsewhere = _moved(rig)
+    with rig.cache() as cache:
+        report = cache.cleanup(cache.plan_cleanup(max_idle=0))
+        assert (report.removed, report.failed) == (("img",), {})
+        assert names(cache) == set()
+        assert (elsewhere / "disk").exists()
+        assert str(elsewhere) in caplog.text
+        assert list((rig.root / "trash").iterdir()) == []
+        assert cache.recover().removed == ()
+
+
+@pytest.mark.parametrize("step", ["fs.rename", "fs.unlink"])
+def test_a_removal_of_one_that_died(step: str, rig: Rig, in_child: InChild) -> None:
+    """As of any base: it comes back, or it goes on going."""
+    _moved(rig)
+    with rig.cache() as cache:
+        base = cache.get_base("img")
+
+    def die() -> None:
+        backend = rig.backend()
+        retired = backend.retire_base(base)
+        with FaultPlan().kill(step, match="/trash/"):
+            backend.purge_base(retired)
+
+    with pytest.raises(EOFError):
+        in_child(die)
+    with rig.cache() as cache:
+        report = cache.recover()
+        assert (report.failed, report.alive) == ({}, ())
+        assert (len(report.restored), len(report.removed)) == ((1, 0) if step == "fs.rename" else (0, 1))
+        assert names(cache) == ({"img"} if step == "fs.rename" else set())
+    assert list((rig.root / "trash").iterdir()) == []
+
+
+def test_a_removal_of_one_that_goes_on_is_left_alone(rig: Rig) -> None:
+    """A recover beside it knows no users that only finders see."""
+    _moved(rig)
+    with rig.cache() as cache:
+        backend = rig.backend()
+        retired = backend.retire_base(cache.get_base("img"))
+        report = cache.recover()
+        assert [name.rpartition(".")[0] for name in report.alive] == ["trash/img"]
+        backend.restore_base(retired)
+        assert names(cache) == {"img"}

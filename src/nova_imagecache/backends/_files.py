@@ -169,7 +169,7 @@ class FileBases(Backend):
     def retire_base(self, base: BaseImage) -> Retired:
         # held until it is restored or purged, so that a recover beside us leaves it alone: it knows no finders' users
         directory = self._bases / base.image_id
-        held = _entries.hold(directory, wait=False)
+        held = _entries.hold(directory, wait=False, follow=True)
         try:
             token = self._move_away(directory, self._trash)
         except BaseException as err:
@@ -179,7 +179,7 @@ class FileBases(Backend):
                 raise BaseNotFoundError(image_id=base.image_id, stage="retire") from None
             raise
         # its maker may have held it still, just now
-        held = held or _entries.hold(self._trash / token, wait=False)
+        held = held or _entries.hold(self._trash / token, wait=False, follow=True)
         if held is not None:
             self._retired[token] = held
         # a use that was noted meanwhile is told: whoever noted it may have found the base still there
@@ -218,7 +218,11 @@ class FileBases(Backend):
         dead = self._trash / f".{token}"
         with suppress(FileNotFoundError):
             _fs.rename(self._trash / token, dead)
-        _fs.rmtree(dead)
+        if dead.is_symlink():  # to where an operator moved the base: other roots may have it as well
+            _log.warning("base %s: its symbolic link is removed; remove %s by hand", token, os.path.realpath(dead))
+            _fs.unlink(dead)
+        else:
+            _fs.rmtree(dead)
 
     def quarantine_base(self, base: BaseImage) -> None:
         with suppress(FileNotFoundError):  # gone already
@@ -291,7 +295,7 @@ class FileBases(Backend):
         for token in _entries.names(self._trash):
             held = None
             try:
-                held = _entries.hold(self._trash / token, wait=False)
+                held = _entries.hold(self._trash / token, wait=False, follow=True)
                 if held is None and (self._trash / token).is_dir():
                     alive.append(token)
                     continue
