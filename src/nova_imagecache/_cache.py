@@ -162,9 +162,11 @@ class ImageCache:
         brought in afterwards fails with it. ``progress`` tells images apart by their id.
 
         Raises:
-            InvalidRequestError: ``image_ids`` is a single text or no iterable at all, or ``deadline`` cannot be used.
+            InvalidRequestError: ``image_ids`` is a single text or no iterable at all, or ``deadline``, ``cancel`` or
+                ``progress`` cannot be used.
         """
-        _args.deadline(deadline)
+        # judged here once for all
+        Call(source=source, expect=None, deadline=deadline, cancel=cancel, progress=progress)
         wanted = _args.several(image_ids, "image_ids")
         start = time.monotonic()
 
@@ -352,6 +354,7 @@ class ImageCache:
             BaseCorruptError: says what is wrong.
             BackendError: the backend keeps no checksums, and its bytes are not the source's: nothing proves them.
         """
+        _args.cancel(cancel)
         base = self.get_base(image_id)
         with Watch(image_id, cancel=cancel) as watch:
             problem = _verify.damage(self._engine.backend, base, lambda: watch.check("verify"))
@@ -375,6 +378,7 @@ class ImageCache:
             BaseCorruptError: its bytes are not what was published; it is untouched.
         """
         _args.image_id(image_id)
+        _args.cancel(cancel)
         return self._engine.repair(image_id, cancel)
 
     # --- bases go
@@ -434,6 +438,7 @@ class ImageCache:
         A base that is busy, or got a user or pin meanwhile, stays; one that cannot be removed stops no other. What
         dead processes left is swept as by ``recover``. With ``remove_unused`` off nothing is changed.
         """
+        _args.plan(plan)
         plan = self.plan_cleanup() if plan is None else plan
         observe = not self._engine.config.remove_unused
         report = self._engine.passes.carry_out(plan, observe=observe)
@@ -462,6 +467,7 @@ class ImageCache:
         Raises:
             BackendError: the cache could not be counted whole; the last figure is better than a wrong one.
         """
+        _args.static_mb(static_mb)
         self._engine.root.prepare()
         return _accounting.reserved_disk_mb(self._engine.backend, self._engine.paths, static_mb)
 

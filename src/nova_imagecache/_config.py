@@ -133,6 +133,8 @@ class CacheConfig:
         Raises:
             ConfigError: with every unknown name and every wrong value.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError([f"{values!r:.80} is no mapping of options"])
         known = {f.name for f in dataclasses.fields(cls)}
         problems = [
             f"{name}: unknown option; known: {', '.join(sorted(known))}" for name in sorted(set(values) - known)
@@ -158,7 +160,7 @@ class CacheConfig:
 
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
+        except (OSError, ValueError) as err:  # unreadable, no UTF-8, no TOML, no path at all
             raise ConfigError([f"{path}: {err}"]) from err
         return cls.from_mapping(values)
 

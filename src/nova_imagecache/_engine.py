@@ -49,7 +49,7 @@ class Call:
     """What one call that may bring an image in was told; ImageCache says what each means.
 
     Raises:
-        InvalidRequestError: ``expect`` or ``deadline`` cannot be used.
+        InvalidRequestError: ``expect``, ``deadline``, ``cancel`` or ``progress`` cannot be used.
     """
 
     source: ImageSource | None
@@ -61,6 +61,8 @@ class Call:
     def __post_init__(self) -> None:
         _args.expect(self.expect)
         _args.deadline(self.deadline)
+        _args.cancel(self.cancel)
+        _args.progress(self.progress)
 
     def watch(self, image_id: str) -> Watch:
         """The call's deadline, cancel and progress, from now on."""
@@ -105,7 +107,6 @@ class Engine:
 
     def _start(self) -> None:
         """What belongs to this process alone: a forked child has none of the threads that would end these."""
-        self._pid = os.getpid()
         self._flights = Flights(self.locks)
         self._fetcher = Fetcher(
             config=self.config,
@@ -116,6 +117,7 @@ class Engine:
             clock=self.clock,
             slots=threading.BoundedSemaphore(self.config.max_concurrent_fetches),
         )
+        self._pid = os.getpid()  # last: another thread of the child goes on when it sees it
 
     def ensure(self, image_id: str, call: Call, watch: Watch, *, disk_size: int | None = None) -> BaseImage:
         """The base: a hit, or what this or another thread or process brings in."""

@@ -28,6 +28,10 @@ COMPRESSION = 1 << 3
 _COMPRESSIONS: dict[int, Literal["zlib", "zstd"]] = {0: "zlib", 1: "zstd"}
 
 
+_MOST_REFCOUNT_BITS = 6
+"""As a power of two: 64 bits."""
+
+
 class Qcow2Error(ValueError):
     """The bytes are no qcow2 header that this parser takes."""
 
@@ -49,6 +53,31 @@ class Qcow2Header(NamedTuple):
     compression: Literal["zlib", "zstd"] | None
     l1_entries: int
     l1_offset: int
+
+
+def refusal(header: bytes) -> str | None:
+    """Why QEMU opens no image that begins like this, though ``parse_header`` takes it; None: it may.
+
+    The rules of ``qcow2_do_open`` in its block/qcow2.c, as far as the fixed part of the header tells.
+
+    Raises:
+        Qcow2Error: as ``parse_header``.
+    """
+    parsed = parse_header(header)
+    (table_clusters,) = struct.unpack_from(">I", header, 56)
+    if table_clusters == 0:
+        return "a qcow2 without a table of reference counts"
+    if parsed.version == 2:
+        return None
+    refcount_order, length = struct.unpack_from(">II", header, 96)
+    if refcount_order > _MOST_REFCOUNT_BITS:
+        return f"a qcow2 with refcount_order {refcount_order}"
+    if not _V3_BYTES <= length <= parsed.cluster_size:
+        return f"a qcow2 header of {length} bytes"
+    kind = header[_V3_BYTES] if length > _V3_BYTES else 0
+    if (kind != 0) != bool(parsed.incompatible & COMPRESSION):
+        return f"a qcow2 with compression type {kind}, and incompatible features that say otherwise"
+    return None
 
 
 def read_backing_name(file: BinaryIO | FileIO) -> str:

@@ -70,9 +70,16 @@ def test_a_file_that_is_no_toml_is_a_config_error(tmp_path: Path, content: bytes
         CacheConfig.from_toml(path)
 
 
+@pytest.mark.parametrize("values", [None, "root", ["root"]])
+def test_what_is_no_mapping_is_a_config_error(values: Any) -> None:
+    """Before any option is looked at."""
+    with pytest.raises(ConfigError, match="no mapping of options"):
+        CacheConfig.from_mapping(values)
+
+
 def test_a_file_that_is_not_there_is_a_config_error(tmp_path: Path) -> None:
     """Nor is a directory a file."""
-    for path in (tmp_path / "none.toml", tmp_path):
+    for path in (tmp_path / "none.toml", tmp_path, "/a\0b"):
         with pytest.raises(ConfigError, match=str(path)):
             CacheConfig.from_toml(path)
 

@@ -196,7 +196,8 @@ def test_a_conversion_stops_at_a_checkpoint(tmp_path: Path, bomb: Path) -> None:
 
     with pytest.raises(KeyError, match="stop"):
         _qemu.convert(bomb, "qcow2", tmp_path / "out", virtual_size=128 * MIB, checkpoint=checkpoint)
-    assert (tmp_path / "out").stat().st_blocks * 512 < 128 * MIB
+    # stopped before it made the file, where the machine is busy
+    assert not (tmp_path / "out").exists() or (tmp_path / "out").stat().st_blocks * 512 < 128 * MIB
 
 
 def test_a_bomb_measures_what_it_unpacks_to(bomb: Path) -> None:
