@@ -55,7 +55,14 @@ class ImageCache:
     image must have, also on a hit), ``deadline`` (seconds from now), ``cancel`` (a threading.Event) and ``progress``
     (called with a Progress ten times a second, from a thread of its own).
 
+    ``user_finders`` are asked for users of bases, and with them those that ``config`` names (``libvirt_uri``,
+    ``disk_dirs``): none of either makes another needless.
+
     ``on_event`` is called with an Event after every change, outside locks. What callbacks raise is logged and dropped.
+
+    Raises:
+        ConfigError: ``config`` names libvirt, and its Python module cannot be imported.
+        InvalidRequestError: ``user_finders`` is no list.
     """
 
     def __init__(
@@ -83,7 +90,8 @@ class ImageCache:
 
         Raises:
             BackendNotFoundError: no plug-in of that name; lists those that are there.
-            ConfigError: plug-ins refuse their options; ``problems`` lists all that is wrong with either's.
+            ConfigError: plug-ins refuse their options, or libvirt's Python module cannot be imported and is needed;
+                ``problems`` lists all that is wrong.
             BackendError, SourceError: a plug-in cannot be loaded.
             InvalidRequestError: ``user_finders`` is no list.
         """
@@ -100,7 +108,8 @@ class ImageCache:
             lambda: _plugins.load_source(config.source, config.source_options),
             problems,
         )
-        if backend is None or source is None:
+        finders = _plugins.unless_refused("libvirt_uri", {}, lambda: _users.configured(config), problems)
+        if backend is None or source is None or finders is None:
             raise ConfigError(problems)
         return cls(config, source=source, backend=backend, user_finders=user_finders, on_event=on_event)
 
@@ -472,9 +481,13 @@ class ImageCache:
         return _accounting.reserved_disk_mb(self._engine.backend, self._engine.paths, static_mb)
 
     def check(self) -> CheckReport:
-        """Facts and problems of the cache's surroundings. Makes and removes a few small files."""
+        """Facts and problems of the cache's surroundings. Makes and removes a few small files.
+
+        Every finder is asked once, about all bases; one that cannot tell is a problem, since no base goes meanwhile.
+        """
         self._engine.root.prepare()
-        return _accounting.check(self._engine.backend, self._engine.source, self._engine.config)
+        engine = self._engine
+        return _accounting.check(engine.backend, engine.source, engine.config, engine.finders)
 
     def recover(self) -> RecoveryReport:
         """Sweep what dead processes left behind. What a live one works on stays. Safe at any time."""

@@ -83,6 +83,8 @@ class CacheConfig:
         group: group that may read bases (and nobody else); None: whoever knows an image id.
         qemu_user: user that must be able to read bases; ``check()`` looks.
         nova_base_dir: a Nova ``_base`` directory beside this cache; ``check()`` reports it, nothing writes to it.
+        libvirt_uri: the libvirt that is asked for users of bases as well, by ``LibvirtDomains``; None: none.
+        disk_dirs: directories that are looked at for users of bases as well, by ``DiskDirectories``.
 
     Durations are timedeltas, seconds or text such as "24h"; sizes are bytes or text such as "20G". ``repr`` leaves both
     ``*_options`` out, since they may hold a token.
@@ -108,6 +110,8 @@ class CacheConfig:
     group: str | None = None
     qemu_user: str | None = None
     nova_base_dir: Path | None = None
+    libvirt_uri: str | None = None
+    disk_dirs: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -173,6 +177,12 @@ def _path(value: object) -> Path:
     raise ValueError(f"{value!r} is no absolute path")
 
 
+def _paths(value: object) -> tuple[Path, ...]:
+    if isinstance(value, list | tuple):
+        return tuple(dict.fromkeys(_path(one) for one in value))
+    raise ValueError(f"{value!r} is no list of absolute paths")
+
+
 def _not_for_disks(root: Path, disks_dir: Path) -> str | None:
     """Why root disks cannot lie there, None: they can. What is swept as the cache's own must hold nothing else."""
     below = Path(os.path.relpath(disks_dir, root)).parts
@@ -224,4 +234,6 @@ _CONVERTERS: tuple[tuple[str, Any, bool], ...] = (
     ("group", _name, True),
     ("qemu_user", _name, True),
     ("nova_base_dir", _path, True),
+    ("libvirt_uri", _name, True),
+    ("disk_dirs", _paths, False),
 )

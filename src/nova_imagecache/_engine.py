@@ -85,7 +85,7 @@ class Engine:
         self.config = config
         self.source = GuardedSource(source)
         self.backend = GuardedBackend(config.backend, backend)
-        self.finders = _args.several(finders, "user_finders")
+        self.finders = (*_args.several(finders, "user_finders"), *_users.configured(config))
         self.clock = clock
         self.paths = paths(config)
         self.root = Root(config.root, backend.properties.storage, group=config.group)
