@@ -92,6 +92,9 @@ def test_a_guest_that_nobody_told_about_keeps_its_base(
     root = rig.dir / "elsewhere" / "root.img"
     qemu_img("create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(rig.base("one")), str(root))
     assert libvirt_guests.boot("strange", plain_disk(root)) == says("ONE")
+    with rig.cache() as alone:
+        [item] = alone.plan_cleanup(max_idle=0).items
+        assert item.verdict == "remove", "libvirt alone knows"
     for state in ("running", "shut off"):
         answer = operator.run(*command)
         assert answer.code == (0 if command[0] == "cleanup" else 3), (state, answer)
