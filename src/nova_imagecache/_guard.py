@@ -229,7 +229,7 @@ class GuardedBackend(_Guard, Backend):
         """Whether the backend gives back what ``write_sums`` is given: the contract's default does not."""
         return type(self._inner).read_sums is not Backend.read_sums
 
-    def read_sums(self, base: BaseImage) -> bytes | None:
+    def read_sums(self, base: BaseImage) -> bytes | memoryview | None:
         with self._call("read_sums", base.image_id):
             return self._inner.read_sums(base)
 

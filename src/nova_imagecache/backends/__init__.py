@@ -358,7 +358,7 @@ class Backend(abc.ABC):
             raise BackendError("this backend cannot read a base", image_id=base.image_id, stage="reading")
         return _extents.read_extents(base.location.path)
 
-    def read_sums(self, base: BaseImage) -> bytes | None:
+    def read_sums(self, base: BaseImage) -> bytes | memoryview | None:
         """What ``write_sums`` kept, None: nothing."""
         del base
         return None

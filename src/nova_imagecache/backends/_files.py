@@ -147,9 +147,9 @@ class FileBases(Backend):
         with suppress(FileNotFoundError):  # retired meanwhile
             _entries.replace_file(directory / "inspected", str(version).encode(), 0o444, staging=self.staging)
 
-    def read_sums(self, base: BaseImage) -> bytes | None:
+    def read_sums(self, base: BaseImage) -> memoryview | None:
         try:
-            return (_path(base).parent / "disk.sums").read_bytes()
+            return _extents.content(_path(base).parent / "disk.sums")
         except FileNotFoundError:
             return None
 
