@@ -15,7 +15,6 @@ from nova_imagecache._watch import Watch
 from nova_imagecache.exceptions import (
     BackendError,
     BaseCorruptError,
-    BaseNotFoundError,
     ConfigError,
     ImageCacheError,
     InvalidRequestError,
@@ -317,14 +316,17 @@ class ImageCache:
         """The base, if it is there; nothing is fetched and its use is not noted.
 
         Raises:
-            BaseNotFoundError: it is not there.
+            BaseNotFoundError: it is not there, or what stands in its place cannot be read.
         """
+        base = self._find(image_id)
+        if base is None:
+            raise self._engine.missing(image_id)
+        return base
+
+    def _find(self, image_id: str) -> BaseImage | None:
         _args.image_id(image_id)
         self._engine.root.prepare()
-        base = self._engine.backend.find_base(image_id)
-        if base is None:
-            raise BaseNotFoundError(image_id=image_id)
-        return base
+        return self._engine.backend.find_base(image_id)
 
     def users(self, image_id: str) -> list[DiskUser]:
         """The root disks that depend on the base, and how each is known. Reads the records of all root disks.
@@ -360,11 +362,13 @@ class ImageCache:
 
         Raises:
             BaseNotFoundError: it is not there.
-            BaseCorruptError: says what is wrong.
+            BaseCorruptError: says what is wrong; also that what stands in its place cannot be read, and stays.
             BackendError: the backend keeps no checksums, and its bytes are not the source's: nothing proves them.
         """
         _args.cancel(cancel)
-        base = self.get_base(image_id)
+        base = self._find(image_id)
+        if base is None:
+            raise self._engine.missing(image_id, BaseCorruptError)
         with Watch(image_id, cancel=cancel) as watch:
             problem = _verify.damage(self._engine.backend, base, lambda: watch.check("verify"))
         if problem is None:
@@ -393,12 +397,14 @@ class ImageCache:
     # --- bases go
 
     def remove_base(self, image_id: str) -> None:
-        """Remove the base now, whatever its idle time.
+        """Remove the base now, whatever its idle time; or what stands in its place and cannot be read.
 
         Raises:
             BaseNotFoundError, BaseInUseError, BasePinnedError, UsersUnknownError: it is not there, or stays.
         """
-        base = self.get_base(image_id)
+        _args.image_id(image_id)
+        self._engine.root.prepare()
+        base = self._engine.removable(image_id)
         with self._engine.remover.wait_lock(image_id):
             retired = self._engine.remover.retire(base)
         self._engine.backend.purge_base(retired)

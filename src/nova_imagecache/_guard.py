@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         Retired,
         RootDisk,
     )
-    from nova_imagecache.backends import Survey
+    from nova_imagecache.backends import Survey, Unreadable
     from nova_imagecache.sources import ImageSource
 
 _log = logging.getLogger(__name__)
@@ -179,6 +179,10 @@ class GuardedBackend(_Guard, Backend):
     def survey(self) -> Iterator[Survey]:
         with self._call("survey"):
             yield from self._inner.survey()
+
+    def find_unreadable(self, image_id: str) -> Unreadable | None:
+        with self._call("find_unreadable", image_id):
+            return self._inner.find_unreadable(image_id)
 
     def stage_base(self, image_id: str, format: str) -> BaseWriter:  # noqa: A002 - the contract's name
         with self._call("stage_base", image_id):

@@ -33,6 +33,10 @@ class DiskRecord:
     version: int = RECORD_VERSION
 
 
+class LaterRecordError(RecordError):
+    """A record of a later release, which may keep more than this library knows of."""
+
+
 _Record = TypeVar("_Record", BaseRecord, DiskRecord)
 
 
@@ -82,8 +86,10 @@ def _load(data: bytes, cls: type[_Record], digest: str) -> _Record:
         raise RecordError(f"not JSON: {err}") from err
     if not isinstance(values, dict):
         raise RecordError("not a JSON object")
-    if values.get("version") != RECORD_VERSION:
-        raise RecordError(f"record version {values.get('version')!r}; this library reads {RECORD_VERSION}")
+    if (version := values.get("version")) != RECORD_VERSION:
+        later = isinstance(version, int) and version > RECORD_VERSION
+        error = LaterRecordError if later else RecordError
+        raise error(f"record version {version!r}; this library reads {RECORD_VERSION}")
     kinds = _KINDS[cls]
     if not values.keys() <= kinds.keys():  # fields that a later minor release adds are left alone
         values = {name: value for name, value in values.items() if name in kinds}

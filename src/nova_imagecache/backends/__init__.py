@@ -98,6 +98,7 @@ __all__ = [
     "Retired",
     "RootDisk",
     "Survey",
+    "Unreadable",
     "UsersUnknownError",
     "dump_record",
     "hold",
@@ -179,6 +180,18 @@ class Survey:
     base: BaseImage
     users: tuple[DiskUser, ...] | None = None
     allocated: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """What stands in a base's place and cannot be read as one: ``reason`` says why.
+
+    ``base`` is for ``iter_users``, ``retire_base`` and the finders, its location where the bytes are, or would be; of
+    its record nothing but the image is true. None: nobody can say who uses it, so that it cannot be retired.
+    """
+
+    reason: str
+    base: BaseImage | None
 
 
 class Claim:
@@ -288,6 +301,14 @@ class Backend(abc.ABC):
         ``usage`` tell in three. The default tells of the bases alone."""
         for base in self.iter_bases():
             yield Survey(base=base)
+
+    def find_unreadable(self, image_id: str) -> Unreadable | None:
+        """What stands in the place of a base that ``find_base`` does not find, None: nothing. The default.
+
+        Once it has neither users nor pins, as the core asks for any base, it is retired and purged like one.
+        """
+        del image_id
+        return None
 
     @abc.abstractmethod
     def stage_base(self, image_id: str, format: str) -> BaseWriter:  # noqa: A002 - the word that "base format" has everywhere

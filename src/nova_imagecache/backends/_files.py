@@ -36,9 +36,11 @@ from nova_imagecache.backends import (
     FileLocation,
     Retired,
     Survey,
+    Unreadable,
     _reown,
 )
 from nova_imagecache.backends._looks import Looks, allocated_in, mark, retired_base
+from nova_imagecache.backends._unreadable import unreadable
 from nova_imagecache.backends._writer import FileOptions, FileWriter
 
 if TYPE_CHECKING:
@@ -100,6 +102,13 @@ class FileBases(Backend):
     def left_alone(self) -> dict[str, str]:
         """What stands in the place of bases and cannot be read as one, by its name, and why."""
         return self._looks.left_alone()
+
+    def find_unreadable(self, image_id: str) -> Unreadable | None:
+        reason = self._looks.why_left(image_id)
+        try:
+            return None if reason is None else unreadable(image_id, reason, self._bases / image_id)
+        except FileNotFoundError:  # gone meanwhile
+            return None
 
     # --- making
 
