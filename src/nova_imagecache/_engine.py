@@ -261,7 +261,7 @@ class Engine:
         with Watch(image_id, cancel=cancel) as watch, self.remover.wait_lock(image_id, lambda: watch.check("repair")):
             base = self.backend.find_base(image_id)
             if base is None:
-                raise self.missing(image_id)
+                raise self.missing(image_id, BaseCorruptError)
 
             def damage(copy: BaseImage) -> str | None:
                 return _verify.damage(self.backend, copy, lambda: watch.check("repair"))

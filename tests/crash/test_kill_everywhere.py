@@ -153,6 +153,14 @@ def _remove_base(rig: Rig) -> None:
         cache.remove_base("img")
 
 
+def _cut_base_off(rig: Rig) -> None:
+    """A base that cannot be read: a damaged filesystem, or a careless hand."""
+    _ensure("img")(rig)
+    disk = rig.backend().base_path("img")
+    disk.chmod(0o644)
+    os.truncate(disk, disk.stat().st_size - 512)
+
+
 def _is_clean(rig: Rig, when: str) -> None:
     assert list(rig.cache().bases()) == [], f"{when}: the base is still there"
 
@@ -268,6 +276,13 @@ OPERATIONS = {
         prepare=_ensure("img"),
         kinds=("link",),
         done=_is_clean,
+        finished=(BaseNotFoundError,),
+    ),
+    "remove-unreadable": Operation(
+        act=_remove_base,
+        prepare=_cut_base_off,
+        kinds=("link",),
+        done=lambda rig, when: _no(list((rig.root / "bases").iterdir()), when),
         finished=(BaseNotFoundError,),
     ),
     "replace": Operation(act=_replace, prepare=_cache_old_bytes, kinds=ALL, done=_has_base("img")),

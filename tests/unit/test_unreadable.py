@@ -77,7 +77,7 @@ def test_it_is_told_of_by_its_name(damage: Spoil, rig: Rig) -> None:
         (cache.get_base, BaseNotFoundError),
         (cache.users, BaseNotFoundError),
         (cache.base_usage, BaseNotFoundError),
-        (cache.repair_base, BaseNotFoundError),
+        (cache.repair_base, BaseCorruptError),
         (cache.verify_base, BaseCorruptError),
     ]
     for call, error in calls:
