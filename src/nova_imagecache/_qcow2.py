@@ -17,6 +17,10 @@ _ADDED = struct.Struct(">Q20xI")
 """Of version 3, at 72: the incompatible features, and the header's length."""
 _V2_BYTES = 72
 _V3_BYTES = 104
+_BACKING_FORMAT = 0xE2792ACA
+"""The header extension that holds the backing file's format."""
+_EXTENSIONS = 4096
+"""Bytes in which an overlay's header extensions lie."""
 _LONGEST_NAME = 1023
 """Bytes of a backing file's name, by the specification."""
 
@@ -96,6 +100,25 @@ def read_backing_name(file: BinaryIO | FileIO) -> str:
         raise OSError(errno.EINVAL, "a qcow2 header whose backing file name is out of place")
     file.seek(header.backing_offset)
     return (file.read(header.backing_length) or b"").decode("utf-8", "surrogateescape")
+
+
+def read_backing_format(file: BinaryIO | FileIO) -> str:
+    """The backing file's format as the header states it; empty where it states none.
+
+    Raises:
+        Qcow2Error: this is no qcow2.
+    """
+    head = file.read(_EXTENSIONS)
+    header = parse_header(head)
+    at = _V2_BYTES if header.version == 2 else _ADDED.unpack_from(head, _V2_BYTES)[1]
+    while at + 8 <= min(len(head), header.backing_offset or header.cluster_size):
+        kind, length = struct.unpack_from(">II", head, at)
+        if kind == _BACKING_FORMAT:
+            return head[at + 8 : at + 8 + length].decode("ascii", "replace")
+        if not kind:
+            break
+        at += 8 + (length + 7) // 8 * 8
+    return ""
 
 
 def with_backing_name(head: bytes, name: str) -> bytes:

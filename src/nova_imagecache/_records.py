@@ -19,7 +19,8 @@ class RecordError(ValueError):
 class DiskRecord:
     """What is written down about a root disk when it is made. ``created_size`` in bytes; ``made_at`` POSIX seconds.
 
-    ``own_directory``: the disk's directory was made for it, and goes with it when it is empty.
+    ``own_directory``: the disk's directory was made for it, and goes with it when it is empty. ``attaching``: the image
+    to whose base it is being attached; of the two, the disk's header tells which one it reads.
     """
 
     image_id: str
@@ -30,6 +31,7 @@ class DiskRecord:
     base_format: str
     made_at: float
     own_directory: bool = False
+    attaching: str | None = None
     version: int = RECORD_VERSION
 
 
@@ -109,6 +111,7 @@ def _load(data: bytes, cls: type[_Record], digest: str) -> _Record:
 
 _TYPES = {
     "str": (str,),
+    "str | None": (str, type(None)),
     "int": (int,),
     "bool": (bool,),
     "float": (int, float),

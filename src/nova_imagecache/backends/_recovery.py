@@ -10,7 +10,7 @@ from nova_imagecache import _entries, _fs, _qcow2
 from nova_imagecache.backends import RecoveryReport
 from nova_imagecache.backends._disks import FileDisks
 from nova_imagecache.backends._references import UNFINISHED, finish, is_unfinished, leads_to, made_at, refers_to
-from nova_imagecache.backends._ties import is_foreign
+from nova_imagecache.backends._ties import is_foreign, sides
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,8 +78,11 @@ class RecoverableDisks(FileDisks):
         directory = self._directory(disk_id)
         names = set(_entries.names(directory))
         gone = []
-        for name in sorted(names):
+        # what is hidden goes last: by it we know that there is something to settle
+        for name in sorted(names, key=lambda name: (name.startswith("."), name)):
             if name.startswith(".") and _is_making(directory / name):
+                if self._is_attaching(directory, name[1:].rpartition(".")[0]):
+                    continue
                 _fs.rmtree(directory / name)
             elif name.endswith(".base") and name.removesuffix(".base") not in names:
                 stem = name.removesuffix(".base")
@@ -102,14 +105,20 @@ class RecoverableDisks(FileDisks):
             _fs.rmdir(directory)
         return gone
 
+    def _is_attaching(self, directory: Path, name: str) -> bool:
+        """Whether an attach that died could not be settled: the guest may run."""
+        record = self._load(directory, name)
+        return record is not None and record.attaching is not None and os.path.lexists(directory / name)
+
     def _is_needed(self, disk_id: str, name: str, record: DiskRecord | None) -> bool:
         """Whether what is left of a disk is a snapshot's, or that of one which was moved, and the caller's to end."""
-        moved = record is not None and self._path_reference(record, disk_id, name) is not None
+        moved = any(self._path_reference(side, disk_id, name) is not None for side in sides(record))
         return moved or self._reader(disk_id, name, record) is not None
 
     def _settle(self, directory: Path, disk_id: str, name: str) -> list[str]:
-        """Take away the reference of a disk that stands alone by now: a flatten that died, a blockPull of libvirt."""
-        record = self._load(directory, name)
+        """Settle an attach that died; take away the reference of a disk that stands alone by now: a flatten that died,
+        a blockPull of libvirt."""
+        record = self._settled(disk_id, name)
         if record is None or record.format != "qcow2":
             return []
         link = directory / f"{name}.base"

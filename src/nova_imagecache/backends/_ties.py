@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nova_imagecache import _chains, _entries, _fs, _records
+from nova_imagecache import _chains, _entries, _fs, _qcow2, _records
 from nova_imagecache.backends import DiskExistsError
 from nova_imagecache.backends._files import FileBases
 from nova_imagecache.backends._references import asides, is_unfinished, made_at, others, unfinished
@@ -32,6 +33,77 @@ class TiedDisks(FileBases):
         except _records.RecordError as err:
             _log.warning("disk %s/%s: its record cannot be read: %s", directory.name, name, err)
             return None
+
+    def _rewrite(self, disk_id: str, name: str, record: _records.DiskRecord) -> None:
+        """Put a new record in place of a disk's old one; the directory is held."""
+        directory = self._directory(disk_id)
+        # beside it: the root may be another filesystem
+        making = directory / f".{name}.{_fs.random_suffix()}"
+        _fs.mkdir(making, 0o711)
+        try:
+            _fs.write_file(making / "record", _records.dump_disk(record), 0o644)
+            _fs.rename(making / "record", directory / f"{name}.json")
+            _fs.fsync_dir(directory)
+        finally:
+            _fs.rmtree(making)
+
+    # --- an attach, at its end or after its death
+
+    def _settled(self, disk_id: str, name: str) -> _records.DiskRecord | None:
+        """A disk's record, when what an attach that died has left is settled; the directory is held.
+
+        Where the header cannot be read, as while the guest runs, nothing can be told: it stays as it is.
+        """
+        record = self._load(self._directory(disk_id), name)
+        return record if record is None or record.attaching is None else self._settle_attach(disk_id, name, record)
+
+    def _settle_attach(self, disk_id: str, name: str, record: _records.DiskRecord) -> _records.DiskRecord:
+        """Make the record say what the disk's header does, and take away what ties the disk to the other of the two
+        images. The directory is held."""
+        now = self._as_it_reads(disk_id, name, record)
+        if now is None:
+            return record
+        for image_id in dict.fromkeys(side.image_id for side in sides(record)):
+            if now.reference != "path" or image_id != now.image_id:
+                self._drop_path_reference(replace(record, image_id=image_id), disk_id, name)
+                # before the record forgets that there was one
+                if self._users.is_dir():
+                    _fs.fsync_dir(self._users)
+                if (users := self.user_record(image_id, disk_id, name).parent).is_dir():
+                    _fs.fsync_dir(users)
+        link = self._directory(disk_id) / f"{name}.base"
+        if now.reference != "link" and reader_of(link) is None:
+            _fs.unlink(link)
+        if now != self._load(link.parent, name):
+            self._rewrite(disk_id, name, now)
+        return now
+
+    def _as_it_reads(self, disk_id: str, name: str, record: _records.DiskRecord) -> _records.DiskRecord | None:
+        """The record of a disk that is being attached, by what its header says; None: that cannot be told."""
+        disk = self._directory(disk_id) / name
+        link = disk.with_name(f"{name}.base")
+        try:
+            with disk.open("rb", buffering=0) as file:
+                base_format = _qcow2.read_backing_format(file)
+                file.seek(0)
+                named = _qcow2.read_backing_name(file)
+            backing = _chains.backing_file(disk)
+        except (OSError, _qcow2.Qcow2Error):
+            return None
+        now = replace(record, attaching=None, base_format=base_format or record.base_format)
+        if not named:
+            return replace(now, reference="none")
+        if backing is None:  # a name that is none
+            return None
+        here = [side.image_id for side in reversed(sides(record))]
+        if backing.name == link.name and is_same(backing.parent, link.parent):
+            found = next((each for each in here if is_same(link, self.base_path(each))), record.image_id)
+            return replace(now, reference="link", image_id=found)
+        real = os.path.realpath(backing)
+        found_by_path = next((each for each in here if real == os.path.realpath(self.base_path(each))), None)
+        if found_by_path is None:  # it came from elsewhere, and nothing was changed yet
+            return replace(record, attaching=None)
+        return replace(now, reference="path", image_id=found_by_path)
 
     # --- who else reads through them
 
@@ -78,8 +150,8 @@ class TiedDisks(FileBases):
         """Take away what belongs to a disk that never came to be, or is removed: link, path reference, record."""
         record = self._load(directory, name)
         _fs.unlink(directory / f"{name}.base")
-        if record is not None:
-            self._drop_path_reference(record, disk_id, name)
+        for side in sides(record):
+            self._drop_path_reference(side, disk_id, name)
         # last of all: without it nobody knows where the path reference is
         _fs.unlink(directory / f"{name}.json")
 
@@ -133,6 +205,21 @@ class TiedDisks(FileBases):
             if made_at(path) not in elsewhere:
                 _fs.unlink(path)
                 _fs.rmdir(path.parent)
+
+
+def sides(record: _records.DiskRecord | None) -> list[_records.DiskRecord]:
+    """A disk's record, and while it is being attached the same with the other image."""
+    if record is None:
+        return []
+    return [record] if record.attaching is None else [record, replace(record, image_id=record.attaching)]
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same file or directory; one that leads nowhere does not."""
+    try:
+        return one.samefile(other)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def is_foreign(directory: Path | str) -> bool:
