@@ -184,8 +184,8 @@ class Qcow2Backend(RecoverableDisks):
 
     def _attach(self, base: BaseImage, disk_id: str, name: str, record: DiskRecord) -> Reference:
         """Tie the disk to ``base`` in steps after each of which it reads as before or as attached, and its bytes have a
-        name. A header names file and format at once, a link's new file has but the format that the header names
-        already: so between bases of two formats the disk goes by way of the path.
+        name. A header changes file and format at once, a new link the file alone: so between bases of two formats the
+        disk goes by way of the path.
         """
         directory = self._directory(disk_id)
         disk, link = directory / name, directory / f"{name}.base"
@@ -219,7 +219,7 @@ class Qcow2Backend(RecoverableDisks):
         return "link" if by_link else "path"
 
     def _name_backing(self, disk: Path, backing: str, backing_format: str) -> None:
-        """The disk's header names this file, durably. qemu-img writes it at once, and what changes is in one page."""
+        """The disk's header names this file, durably: one write of qemu-img, and what changes is in one page."""
         if _named(disk) != (backing, backing_format):
             _qemu.set_backing(disk, backing, backing_format)
             self._sync(disk)
