@@ -35,7 +35,8 @@ from nova_imagecache.backends import (
 )
 from nova_imagecache.backends._making import Making
 from nova_imagecache.backends._references import finish, unfinished
-from nova_imagecache.backends._ties import TiedDisks, is_foreign, sides
+from nova_imagecache.backends._seen import is_foreign
+from nova_imagecache.backends._ties import TiedDisks, sides
 from nova_imagecache.exceptions import DiskInUseError
 
 if TYPE_CHECKING:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _entries, _fs, _qcow2
 from nova_imagecache.backends import RecoveryReport
 from nova_imagecache.backends._disks import FileDisks
-from nova_imagecache.backends._references import UNFINISHED, finish, is_unfinished, leads_to, made_at, refers_to
-from nova_imagecache.backends._ties import is_foreign, sides
+from nova_imagecache.backends._references import finish, finished, is_unfinished, leads_to, made_at, refers_to
+from nova_imagecache.backends._seen import is_foreign
+from nova_imagecache.backends._ties import sides
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,8 +58,8 @@ class RecoverableDisks(FileDisks):
         return []
 
     def _sweep_references(self, failed: dict[str, str]) -> list[str]:
-        """Finish the references of disks whose maker died when they had their names; take away what an attach that died
-        left: a path reference under a name that its disk no longer has.
+        """Finish the references of disks whose maker died when they had their names, or end those of disks that are not
+        there; take away what an attach that died left: a path reference under a name that its disk has not now.
 
         Those of one image that cannot be read or removed stop no other's; ``failed`` is told.
         """
@@ -65,13 +67,49 @@ class RecoverableDisks(FileDisks):
         users = self.paths.root / "users"
         for image_id in _entries.names(users):
             try:
-                _finish(users / image_id)
-                for path in _superseded(users / image_id):
-                    _fs.unlink(path)
-                    gone.append(f"users/{image_id}/{path.name}")
+                ended = [*self._end_unfinished(users / image_id), *self._end_superseded(users / image_id)]
+                gone += [f"users/{image_id}/{path.name}" for path in ended]
             except OSError as err:
                 failed[f"users/{image_id}"] = str(err)
         return gone
+
+    def _end_unfinished(self, users: Path) -> Iterator[Path]:
+        """Give an image's unfinished references their names whose disks have theirs; end the others, whose makers or
+        removers are dead: those are told."""
+        for path in map(users.joinpath, _entries.names(users)):
+            disk = refers_to(path) if is_unfinished(path) else None
+            own = made_at(path)
+            if disk is None or own is None:
+                continue
+            with self._held_place(disk.parent) as held:
+                if held and leads_to(path, own):
+                    finish(finished(path), own)
+                elif held and made_at(path) == own:
+                    record = self._load(disk.parent, disk.name)  # of a disk that is gone: its directory's sweep kept it
+                    if (record is None or record.made_at != own) and self._end_reference(path, own, None):
+                        yield path
+
+    @contextmanager
+    def _held_place(self, directory: Path) -> Iterator[bool]:
+        """Hold a directory of disks while the block runs; one of ours that is not there as well, so that nobody makes
+        it meanwhile. Whether it is held: nobody is waited for."""
+        made = directory.parent == self.paths.disks_dir and directory.parent.is_dir() and not os.path.lexists(directory)
+        if made:
+            with suppress(FileExistsError):
+                _fs.mkdir(directory, 0o755)
+        held = _entries.hold(directory, wait=False, follow=True)
+        try:
+            yield held is not None
+        finally:
+            if held is not None:
+                if made:
+                    _fs.rmdir(directory)
+                held.release()
+
+    def _end_superseded(self, users: Path) -> Iterator[Path]:
+        for own, path in _superseded(users):
+            if self._end_reference(path, own, None):
+                yield path
 
     def _sweep_disk(self, disk_id: str) -> list[str]:
         """Remove what dead makers left in a disk id's directory; the directory is held."""
@@ -134,8 +172,8 @@ class RecoverableDisks(FileDisks):
         return [link.name]
 
 
-def _superseded(users: Path) -> Iterator[Path]:
-    """An image's path references to disks that another of its references leads to."""
+def _superseded(users: Path) -> Iterator[tuple[float, Path]]:
+    """An image's path references to disks that another of its references leads to, and when those were made."""
     written: dict[float, list[Path]] = {}
     names = _entries.names(users)
     for name in names if len(names) > 1 else ():
@@ -144,21 +182,7 @@ def _superseded(users: Path) -> Iterator[Path]:
     for own, paths in written.items():
         # what was set aside sorts behind
         there = {refers_to(path): path for path in reversed(paths) if leads_to(path, own)}
-        yield from (path for path in paths if there and path not in there.values())
-
-
-def _finish(users: Path) -> None:
-    """Give an image's unfinished references their names whose disks have theirs, and whose makers are dead."""
-    for path in map(users.joinpath, _entries.names(users)):
-        disk = refers_to(path) if is_unfinished(path) else None
-        held = None if disk is None else _entries.hold(disk.parent, wait=False, follow=True)
-        if held is None:
-            continue
-        try:
-            if (own := made_at(path)) is not None and leads_to(path, own):
-                finish(path.with_name(path.name.removesuffix(UNFINISHED) + ".json"), own)
-        finally:
-            held.release()
+        yield from ((own, path) for path in paths if there and path not in there.values())
 
 
 def _may_hold_litter(directory: str) -> bool:

@@ -3,36 +3,31 @@ they go."""
 
 from __future__ import annotations
 
-import logging
 import os
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _chains, _entries, _fs, _qcow2, _records
 from nova_imagecache.backends import DiskExistsError
-from nova_imagecache.backends._files import FileBases
-from nova_imagecache.backends._references import asides, is_unfinished, made_at, others, unfinished
+from nova_imagecache.backends._endings import EndingReferences
+from nova_imagecache.backends._references import (
+    finish,
+    host_record,
+    is_of,
+    of_moment,
+    others,
+    refers_to,
+    unfinished,
+)
+from nova_imagecache.backends._seen import reader_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_log = logging.getLogger(__name__)
 
-
-class TiedDisks(FileBases):
+class TiedDisks(EndingReferences):
     """The references' part of a backend on files."""
-
-    def _directory(self, disk_id: str) -> Path:
-        return self.paths.disks_dir / disk_id
-
-    def _load(self, directory: Path, name: str) -> _records.DiskRecord | None:
-        try:
-            return _records.load_disk((directory / f"{name}.json").read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except _records.RecordError as err:
-            _log.warning("disk %s/%s: its record cannot be read: %s", directory.name, name, err)
-            return None
 
     def _rewrite(self, disk_id: str, name: str, record: _records.DiskRecord) -> None:
         """Put a new record in place of a disk's old one; the directory is held."""
@@ -105,6 +100,32 @@ class TiedDisks(FileBases):
             return replace(record, attaching=None)
         return replace(now, reference="path", image_id=found_by_path)
 
+    # --- a copy
+
+    def _told_apart(self, disk_id: str, name: str, record: _records.DiskRecord) -> _records.DiskRecord:
+        """A disk's record with a moment that no other disk has; the directory is held.
+
+        A copy, and what may be one, gets a moment and a reference of its own. The reference that there was is the other
+        disk's.
+        """
+        if record.attaching is not None or not self._is_copy(record, disk_id, name):
+            return record
+        disk = self._directory(disk_id) / name
+        apart = replace(record, made_at=time.time())
+        written = self.user_record(record.image_id, disk_id, name)
+        if record.reference == "path":
+            _fs.make_dirs(written.parent, 0o755)
+            self._clear_unfinished(written, apart.made_at)
+            data = host_record(disk_id, name, disk, apart.made_at)
+            _entries.replace_file(unfinished(written), data, 0o644, staging=self.staging)
+        self._rewrite(disk_id, name, apart)
+        if record.reference == "path":
+            finish(written, apart.made_at)
+            for left in of_moment(written.parent, record.made_at):
+                if refers_to(left) == disk:
+                    self._end_reference(left, record.made_at, disk)
+        return apart
+
     # --- who else reads through them
 
     def _reader(self, disk_id: str, name: str, record: _records.DiskRecord | None) -> str | None:
@@ -117,13 +138,13 @@ class TiedDisks(FileBases):
 
     def _path_reference(self, record: _records.DiskRecord, disk_id: str, name: str) -> Path | None:
         """Where the finished path reference of this very disk is written, under whatever name; None: there is none."""
-        written = self.user_record(record.image_id, disk_id, name)
-        if made_at(written) == record.made_at:
+        written, disk = self.user_record(record.image_id, disk_id, name), self._directory(disk_id) / name
+        if is_of(written, record.made_at, disk):
             return written
         if record.reference != "path":
             return None
-        found = others(written.parent, record.made_at, self._directory(disk_id) / name)
-        return next((one for one in found if not is_unfinished(one)), None)
+        # under another name an unfinished one is of a removal that was in doubt
+        return next((one for one in others(written.parent, record.made_at, disk) if one != unfinished(written)), None)
 
     def _refuse_readers(self, disk_id: str, name: str, record: _records.DiskRecord | None) -> None:
         """Refuse to take away what another file reads through."""
@@ -155,57 +176,6 @@ class TiedDisks(FileBases):
         # last of all: without it nobody knows where the path reference is
         _fs.unlink(directory / f"{name}.json")
 
-    def _drop_path_reference(self, record: _records.DiskRecord, disk_id: str, name: str) -> None:
-        """Take the path reference of this very disk away, under whatever name it was made; no other disk's."""
-        written = self.user_record(record.image_id, disk_id, name)
-        # as it is called now, or when its directory was another: then all are read
-        places = [written, unfinished(written)]
-        own = [path for path in places if made_at(path) in (record.made_at, None) and path.exists()]
-        disk = self._directory(disk_id) / name
-        for path in own or others(written.parent, record.made_at, disk):
-            _fs.unlink(path)
-            _fs.rmdir(path.parent)
-
-    def _drop_references_by_name(self, disk_id: str, name: str) -> None:
-        """Take the path reference of a disk away whose directory or record is gone: the caller says that the disk is.
-
-        One of a disk that lies in another directory now stays. Those of earlier disks of this name go when there is
-        none of a later one.
-        """
-        written = [self.user_record(image_id, disk_id, name) for image_id in _entries.names(self._users)]
-        there = [path for path in written if path.exists()]
-        there = there or [aside for path in written for aside in asides(path)]
-        if not there:
-            return
-        # held as by whoever makes a disk of this name, who writes its reference under the same hold
-        directory = self._directory(disk_id)
-        with _entries.held(directory) as made:
-            try:
-                if self._load(directory, name) is None and not os.path.lexists(directory / name):
-                    self._drop_unseen(there, name)
-            finally:
-                if made:
-                    _fs.rmdir(directory)
-
-    def _drop_unseen(self, references: list[Path], name: str) -> None:
-        """Take those path references away whose disk lies in none of the directories of disks."""
-        elsewhere = set()
-        for disk_id in _entries.names(self.paths.disks_dir):
-            try:
-                record = self._load(self._directory(disk_id), name)
-            except OSError as err:
-                directory = self._directory(disk_id)
-                if is_foreign(directory) and not os.access(directory, os.X_OK, effective_ids=True):
-                    continue
-                _log.warning("%s stays: it may be of a disk in %s, which cannot be read: %s", references, disk_id, err)
-                return
-            if record is not None:
-                elsewhere.add(record.made_at)
-        for path in references:
-            if made_at(path) not in elsewhere:
-                _fs.unlink(path)
-                _fs.rmdir(path.parent)
-
 
 def sides(record: _records.DiskRecord | None) -> list[_records.DiskRecord]:
     """A disk's record, and while it is being attached the same with the other image."""
@@ -220,37 +190,3 @@ def is_same(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except (FileNotFoundError, NotADirectoryError):
         return False
-
-
-def is_foreign(directory: Path | str) -> bool:
-    """Whether a directory that we may not enter is another user's, as lost+found is: nothing of ours is in it."""
-    try:
-        return os.stat(directory).st_uid != os.geteuid()  # noqa: PTH116 - one call
-    except FileNotFoundError:  # gone meanwhile
-        return True
-
-
-def reader_of(link: Path, base: Path | None = None) -> str | None:
-    """The name of another file in the directory that names ``link``, or ``base``, as its backing file; None: none does.
-
-    ``link`` is ``<name>.base`` of a disk; neither it nor the disk counts. Nor does a disk that has a path reference of
-    its own.
-    """
-    real = None if base is None else os.path.realpath(base)
-    for name in _entries.names(link.parent):
-        path = link.parent / name
-        if name in (link.name, link.name.removesuffix(".base")) or not path.is_file():
-            continue
-        try:
-            backing = _chains.backing_file(path)
-        except OSError:  # unreadable: it may be anything's reader
-            return name
-        if backing is None:
-            continue
-        if backing.name == link.name:
-            return name
-        if real is not None and os.path.realpath(backing) == real:
-            record = _chains.record_of(path)
-            if record is None or record.reference != "path":
-                return name
-    return None

@@ -20,7 +20,14 @@ from nova_imagecache.backends import (
 )
 from nova_imagecache.backends._checks import check_files
 from nova_imagecache.backends._recovery import RecoverableDisks
-from nova_imagecache.backends._references import host_record, made_at, refers_to, set_aside, take_back, unfinished
+from nova_imagecache.backends._references import (
+    host_record,
+    made_at,
+    others,
+    refers_to,
+    set_aside,
+    unfinished,
+)
 from nova_imagecache.backends._templates import Templates
 from nova_imagecache.backends._ties import is_same
 
@@ -101,8 +108,11 @@ class Qcow2Backend(RecoverableDisks):
                 if there:
                     set_aside(written, made_at)
                     _entries.replace_file(written, data, 0o644, staging=self.staging)
-                    take_back(written, made_at)
+                    for other in others(written.parent, made_at, disk):  # it was called otherwise: once is enough
+                        if other != written:
+                            self._end_reference(other, made_at, disk)
                 else:
+                    self._clear_unfinished(written, made_at)
                     _entries.replace_file(unfinished(written), data, 0o644, staging=self.staging)
             except FileNotFoundError:  # the last other user of this image left and took the directory along
                 continue
@@ -160,10 +170,12 @@ class Qcow2Backend(RecoverableDisks):
             return replace(disk, reference="none")
 
     def attach_root_disk(self, base: BaseImage, disk_id: str, name: str) -> RootDisk:
-        with self._changing(disk_id, name) as (disk, record):
-            self._same_bytes(base, record, disk_id, name)
-            if record.reference == "none":  # it stands alone: nothing to tie
+        with self._changing(disk_id, name) as (disk, found):
+            self._same_bytes(base, found, disk_id, name)
+            if found.reference == "none":  # it stands alone: nothing to tie
                 return disk
+            by_path = "path" in (found.reference, self.options.reference)
+            record = self._told_apart(disk_id, name, found) if by_path else found
             if self._is_tied(base, disk_id, name, record):
                 self._still_there(base)
                 return disk
@@ -190,12 +202,16 @@ class Qcow2Backend(RecoverableDisks):
         directory = self._directory(disk_id)
         disk, link = directory / name, directory / f"{name}.base"
         anew = _named(disk)[1] != base.format
+        shared = record.reference == "path" and self._reader(disk_id, name, record) is not None
+        if shared and record.image_id != base.image_id:
+            self._refuse_readers(disk_id, name, record)
         making = directory / f".{name}.{_fs.random_suffix()}"
         _fs.mkdir(making, 0o711)
         attaching = replace(record, attaching=base.image_id)
         try:
-            linked = self._linked(base, link)
-            by_link = linked or self._link(base, making / link.name)
+            # what a snapshot beside it reads through stays as it is
+            linked = not shared and self._linked(base, link)
+            by_link = not shared and (linked or self._link(base, making / link.name))
             by_path = anew or not by_link
             if anew and by_link and not linked:  # their headers name the format that the link has now
                 self._refuse_readers(disk_id, name, record)
