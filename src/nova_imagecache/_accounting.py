@@ -12,7 +12,7 @@ from nova_imagecache._models import CacheUsage, CheckReport, Fact, RecoveryRepor
 from nova_imagecache.exceptions import BackendError, BaseNotFoundError, ImageCacheError, UsersUnknownError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from nova_imagecache._config import CacheConfig
@@ -102,8 +102,10 @@ def _reclaimable(counted: Sequence[tuple[Survey, int]], remover: Remover) -> int
     return sum(allocated for base, allocated in alone if base.image_id not in found)
 
 
-def check(backend: GuardedBackend, source: GuardedSource, config: CacheConfig) -> CheckReport:
-    """Facts and problems: the core's and the backend's."""
+def check(
+    backend: GuardedBackend, source: GuardedSource, config: CacheConfig, finders: Sequence[_users.UserFinder]
+) -> CheckReport:
+    """Facts and problems: the core's, the backend's, and who is asked for users."""
     facts = [
         Fact(name="root", value=str(config.root)),
         Fact(name="backend", value=backend.name),
@@ -113,7 +115,25 @@ def check(backend: GuardedBackend, source: GuardedSource, config: CacheConfig) -
         there = config.nova_base_dir.is_dir()
         problem = None if there else "the directory is not there; correct nova_base_dir"
         facts.append(Fact(name="nova_base_dir", value=str(config.nova_base_dir), problem=problem))
-    return CheckReport(facts=(*facts, *backend.check()))
+    return CheckReport(facts=(*facts, *backend.check(), *_finders(backend, finders)))
+
+
+def _finders(backend: GuardedBackend, finders: Sequence[_users.UserFinder]) -> Iterator[Fact]:
+    """Whether each finder can tell now, also where there are no bases yet."""
+    if not finders:
+        yield Fact(name="finders", value="none: users are known by the storage alone")
+        return
+    try:
+        bases = list(backend.iter_bases())
+    except ImageCacheError:  # the backend's own facts say so
+        bases = []
+    for finder in finders:
+        problem = None
+        try:
+            _users.ask(finder, bases, {})
+        except ImageCacheError as err:
+            problem = f"every base is kept: {err}"
+        yield Fact(name=f"users by {finder.name}", value=str(finder), problem=problem)
 
 
 def recover(backend: GuardedBackend, root: Root) -> RecoveryReport:

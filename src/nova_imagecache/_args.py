@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TypeVar
 
-from nova_imagecache._models import Digest, round_up
+from nova_imagecache._models import CleanupPlan, Digest, round_up
 from nova_imagecache.exceptions import InvalidRequestError
 
 _T = TypeVar("_T")
@@ -62,11 +63,60 @@ def expect(value: object) -> None:
 
 def deadline(value: float | None) -> float | None:
     """Seconds from now, not below 0; None: no deadline."""
-    # NaN is no time either
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
+    number = _number(value)
+    if value is not None and (number is None or number < 0):
         todo = "Give seconds from now, a number from 0 up"
         raise InvalidRequestError(f"deadline {value!r:.80} cannot be used", stage="arguments", todo=todo)
+    return number
+
+
+def _number(value: object) -> float | None:
+    """A number as a float; None: it is none, or none that a float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return None if math.isnan(number) else number
+
+
+def cancel(value: object) -> None:
+    """Refuse what nobody could set to end a call, but for None."""
+    if value is not None and not callable(getattr(value, "is_set", None)):
+        todo = "Give a threading.Event, and set it to end the call"
+        raise InvalidRequestError(f"cancel {value!r:.80} is no event", stage="arguments", todo=todo)
+
+
+def progress(value: object) -> None:
+    """Refuse what cannot be called, but for None."""
+    if value is not None and not callable(value):
+        todo = "Give a function of one argument, a Progress"
+        raise InvalidRequestError(f"progress {value!r:.80} cannot be called", stage="arguments", todo=todo)
+
+
+def plan(value: object) -> None:
+    """Refuse what ``plan_cleanup`` does not give, but for None."""
+    if value is not None and not isinstance(value, CleanupPlan):
+        todo = "Give what plan_cleanup() answered, or nothing"
+        raise InvalidRequestError(f"plan {value!r:.80} is no CleanupPlan", stage="arguments", todo=todo)
+
+
+def static_mb(value: int) -> int:
+    """MiB, a whole number from 0 up."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        todo = "Give a whole number of MiB from 0 up"
+        raise InvalidRequestError(f"static_mb {value!r:.80} cannot be used", stage="arguments", todo=todo)
     return value
+
+
+def target(value: object) -> Path:
+    """The absolute path of a file that is to be made, in a directory that is there."""
+    path = Path(value) if isinstance(value, str | Path) and "\0" not in str(value) else None
+    if path is None or not path.is_absolute() or not path.name or not path.parent.is_dir():
+        todo = "Give an absolute path in a directory that exists"
+        raise InvalidRequestError(f"{value!s:.4096} cannot be written", stage="copy", todo=todo)
+    return path
 
 
 def disk_name(value: str) -> str:
@@ -87,21 +137,26 @@ def size(value: int) -> int:
 
 def seconds(value: timedelta | float) -> float:
     """A duration as seconds, not below 0."""
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise InvalidRequestError(
-            f"duration {value!r} cannot be used", stage="arguments", todo="Give seconds from 0 up"
-        )
-    return float(value)
+    number = _number(value.total_seconds() if isinstance(value, timedelta) else value)
+    if number is None or number < 0:
+        todo = "Give seconds from 0 up"
+        raise InvalidRequestError(f"duration {value!r:.80} cannot be used", stage="arguments", todo=todo)
+    return number
 
 
 def moment(value: datetime | float | None) -> float | None:
-    """A point in time as POSIX seconds."""
-    if isinstance(value, datetime):
-        if value.tzinfo is None:
-            raise InvalidRequestError(f"{value!r} has no time zone", stage="arguments", todo="Give an aware datetime")
-        return value.timestamp()
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value)):
-        raise InvalidRequestError(f"{value!r} is no point in time", stage="arguments")
-    return value
+    """A point in time as POSIX seconds, one that a calendar has."""
+    if value is None:
+        return None
+    if isinstance(value, datetime) and value.tzinfo is None:
+        raise InvalidRequestError(f"{value!r} has no time zone", stage="arguments", todo="Give an aware datetime")
+    number = value.timestamp() if isinstance(value, datetime) else _number(value)
+    try:
+        if number is not None:
+            datetime.fromtimestamp(number, UTC)
+            return number
+    except (OverflowError, ValueError, OSError):  # milliseconds, for one
+        pass
+    todo = "Give POSIX seconds, or an aware datetime"
+    shown = str(value) if isinstance(value, datetime) else repr(value)
+    raise InvalidRequestError(f"{shown:.80} is no point in time", stage="arguments", todo=todo)

@@ -15,7 +15,6 @@ from nova_imagecache._watch import Watch
 from nova_imagecache.exceptions import (
     BackendError,
     BaseCorruptError,
-    BaseNotFoundError,
     ConfigError,
     ImageCacheError,
     InvalidRequestError,
@@ -55,7 +54,14 @@ class ImageCache:
     image must have, also on a hit), ``deadline`` (seconds from now), ``cancel`` (a threading.Event) and ``progress``
     (called with a Progress ten times a second, from a thread of its own).
 
+    ``user_finders`` are asked for users of bases, and with them those that ``config`` names (``libvirt_uri``,
+    ``disk_dirs``): none of either makes another needless.
+
     ``on_event`` is called with an Event after every change, outside locks. What callbacks raise is logged and dropped.
+
+    Raises:
+        ConfigError: ``config`` names libvirt, and its Python module cannot be imported.
+        InvalidRequestError: ``user_finders`` is no list.
     """
 
     def __init__(
@@ -83,7 +89,8 @@ class ImageCache:
 
         Raises:
             BackendNotFoundError: no plug-in of that name; lists those that are there.
-            ConfigError: plug-ins refuse their options; ``problems`` lists all that is wrong with either's.
+            ConfigError: plug-ins refuse their options, or libvirt's Python module cannot be imported and is needed;
+                ``problems`` lists all that is wrong.
             BackendError, SourceError: a plug-in cannot be loaded.
             InvalidRequestError: ``user_finders`` is no list.
         """
@@ -100,7 +107,8 @@ class ImageCache:
             lambda: _plugins.load_source(config.source, config.source_options),
             problems,
         )
-        if backend is None or source is None:
+        finders = _plugins.unless_refused("libvirt_uri", {}, lambda: _users.configured(config), problems)
+        if backend is None or source is None or finders is None:
             raise ConfigError(problems)
         return cls(config, source=source, backend=backend, user_finders=user_finders, on_event=on_event)
 
@@ -162,9 +170,11 @@ class ImageCache:
         brought in afterwards fails with it. ``progress`` tells images apart by their id.
 
         Raises:
-            InvalidRequestError: ``image_ids`` is a single text or no iterable at all, or ``deadline`` cannot be used.
+            InvalidRequestError: ``image_ids`` is a single text or no iterable at all, or ``deadline``, ``cancel`` or
+                ``progress`` cannot be used.
         """
-        _args.deadline(deadline)
+        # judged here once for all
+        Call(source=source, expect=None, deadline=deadline, cancel=cancel, progress=progress)
         wanted = _args.several(image_ids, "image_ids")
         start = time.monotonic()
 
@@ -306,14 +316,17 @@ class ImageCache:
         """The base, if it is there; nothing is fetched and its use is not noted.
 
         Raises:
-            BaseNotFoundError: it is not there.
+            BaseNotFoundError: it is not there, or what stands in its place cannot be read.
         """
+        base = self._find(image_id)
+        if base is None:
+            raise self._engine.missing(image_id)
+        return base
+
+    def _find(self, image_id: str) -> BaseImage | None:
         _args.image_id(image_id)
         self._engine.root.prepare()
-        base = self._engine.backend.find_base(image_id)
-        if base is None:
-            raise BaseNotFoundError(image_id=image_id)
-        return base
+        return self._engine.backend.find_base(image_id)
 
     def users(self, image_id: str) -> list[DiskUser]:
         """The root disks that depend on the base, and how each is known. Reads the records of all root disks.
@@ -349,10 +362,13 @@ class ImageCache:
 
         Raises:
             BaseNotFoundError: it is not there.
-            BaseCorruptError: says what is wrong.
+            BaseCorruptError: says what is wrong; also that what stands in its place cannot be read, and stays.
             BackendError: the backend keeps no checksums, and its bytes are not the source's: nothing proves them.
         """
-        base = self.get_base(image_id)
+        _args.cancel(cancel)
+        base = self._find(image_id)
+        if base is None:
+            raise self._engine.missing(image_id, BaseCorruptError)
         with Watch(image_id, cancel=cancel) as watch:
             problem = _verify.damage(self._engine.backend, base, lambda: watch.check("verify"))
         if problem is None:
@@ -375,17 +391,20 @@ class ImageCache:
             BaseCorruptError: its bytes are not what was published; it is untouched.
         """
         _args.image_id(image_id)
+        _args.cancel(cancel)
         return self._engine.repair(image_id, cancel)
 
     # --- bases go
 
     def remove_base(self, image_id: str) -> None:
-        """Remove the base now, whatever its idle time.
+        """Remove the base now, whatever its idle time; or what stands in its place and cannot be read.
 
         Raises:
             BaseNotFoundError, BaseInUseError, BasePinnedError, UsersUnknownError: it is not there, or stays.
         """
-        base = self.get_base(image_id)
+        _args.image_id(image_id)
+        self._engine.root.prepare()
+        base = self._engine.removable(image_id)
         with self._engine.remover.wait_lock(image_id):
             retired = self._engine.remover.retire(base)
         self._engine.backend.purge_base(retired)
@@ -434,6 +453,7 @@ class ImageCache:
         A base that is busy, or got a user or pin meanwhile, stays; one that cannot be removed stops no other. What
         dead processes left is swept as by ``recover``. With ``remove_unused`` off nothing is changed.
         """
+        _args.plan(plan)
         plan = self.plan_cleanup() if plan is None else plan
         observe = not self._engine.config.remove_unused
         report = self._engine.passes.carry_out(plan, observe=observe)
@@ -462,13 +482,18 @@ class ImageCache:
         Raises:
             BackendError: the cache could not be counted whole; the last figure is better than a wrong one.
         """
+        _args.static_mb(static_mb)
         self._engine.root.prepare()
         return _accounting.reserved_disk_mb(self._engine.backend, self._engine.paths, static_mb)
 
     def check(self) -> CheckReport:
-        """Facts and problems of the cache's surroundings. Makes and removes a few small files."""
+        """Facts and problems of the cache's surroundings. Makes and removes a few small files.
+
+        Every finder is asked once, about all bases; one that cannot tell is a problem, since no base goes meanwhile.
+        """
         self._engine.root.prepare()
-        return _accounting.check(self._engine.backend, self._engine.source, self._engine.config)
+        engine = self._engine
+        return _accounting.check(engine.backend, engine.source, engine.config, engine.finders)
 
     def recover(self) -> RecoveryReport:
         """Sweep what dead processes left behind. What a live one works on stays. Safe at any time."""

@@ -83,6 +83,8 @@ class CacheConfig:
         group: group that may read bases (and nobody else); None: whoever knows an image id.
         qemu_user: user that must be able to read bases; ``check()`` looks.
         nova_base_dir: a Nova ``_base`` directory beside this cache; ``check()`` reports it, nothing writes to it.
+        libvirt_uri: the libvirt that is asked for users of bases as well, by ``LibvirtDomains``; None: none.
+        disk_dirs: directories that are looked at for users of bases as well, by ``DiskDirectories``.
 
     Durations are timedeltas, seconds or text such as "24h"; sizes are bytes or text such as "20G". ``repr`` leaves both
     ``*_options`` out, since they may hold a token.
@@ -108,6 +110,8 @@ class CacheConfig:
     group: str | None = None
     qemu_user: str | None = None
     nova_base_dir: Path | None = None
+    libvirt_uri: str | None = None
+    disk_dirs: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -133,6 +137,8 @@ class CacheConfig:
         Raises:
             ConfigError: with every unknown name and every wrong value.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError([f"{values!r:.80} is no mapping of options"])
         known = {f.name for f in dataclasses.fields(cls)}
         problems = [
             f"{name}: unknown option; known: {', '.join(sorted(known))}" for name in sorted(set(values) - known)
@@ -158,7 +164,7 @@ class CacheConfig:
 
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
+        except (OSError, ValueError) as err:  # unreadable, no UTF-8, no TOML, no path at all
             raise ConfigError([f"{path}: {err}"]) from err
         return cls.from_mapping(values)
 
@@ -169,6 +175,12 @@ def _path(value: object) -> Path:
         if path.is_absolute():
             return path
     raise ValueError(f"{value!r} is no absolute path")
+
+
+def _paths(value: object) -> tuple[Path, ...]:
+    if isinstance(value, list | tuple):
+        return tuple(dict.fromkeys(_path(one) for one in value))
+    raise ValueError(f"{value!r} is no list of absolute paths")
 
 
 def _not_for_disks(root: Path, disks_dir: Path) -> str | None:
@@ -222,4 +234,6 @@ _CONVERTERS: tuple[tuple[str, Any, bool], ...] = (
     ("group", _name, True),
     ("qemu_user", _name, True),
     ("nova_base_dir", _path, True),
+    ("libvirt_uri", _name, True),
+    ("disk_dirs", _paths, False),
 )

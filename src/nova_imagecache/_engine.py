@@ -24,7 +24,13 @@ from nova_imagecache._removal import Remover
 from nova_imagecache._space import SpacePolicy
 from nova_imagecache._watch import Watch, call_safely
 from nova_imagecache.backends import BackendPaths
-from nova_imagecache.exceptions import BackendError, BaseNotFoundError, ImageRejectedError, UsersUnknownError
+from nova_imagecache.exceptions import (
+    BackendError,
+    BaseCorruptError,
+    BaseNotFoundError,
+    ImageRejectedError,
+    UsersUnknownError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
 ATTEMPTS = 3
 """How often a base may vanish between finding it and using it before the caller hears of it."""
 
+_CANNOT_BE_READ = "what stands in the base's place cannot be read"
 _CHANGE_USAGE = frozenset({"published", "removed", "evicted", "damaged", "recovered", "repaired"})
 
 _log = logging.getLogger(__name__)
@@ -49,7 +56,7 @@ class Call:
     """What one call that may bring an image in was told; ImageCache says what each means.
 
     Raises:
-        InvalidRequestError: ``expect`` or ``deadline`` cannot be used.
+        InvalidRequestError: ``expect``, ``deadline``, ``cancel`` or ``progress`` cannot be used.
     """
 
     source: ImageSource | None
@@ -61,6 +68,8 @@ class Call:
     def __post_init__(self) -> None:
         _args.expect(self.expect)
         _args.deadline(self.deadline)
+        _args.cancel(self.cancel)
+        _args.progress(self.progress)
 
     def watch(self, image_id: str) -> Watch:
         """The call's deadline, cancel and progress, from now on."""
@@ -83,7 +92,7 @@ class Engine:
         self.config = config
         self.source = GuardedSource(source)
         self.backend = GuardedBackend(config.backend, backend)
-        self.finders = _args.several(finders, "user_finders")
+        self.finders = (*_args.several(finders, "user_finders"), *_users.configured(config))
         self.clock = clock
         self.paths = paths(config)
         self.root = Root(config.root, backend.properties.storage, group=config.group)
@@ -105,7 +114,6 @@ class Engine:
 
     def _start(self) -> None:
         """What belongs to this process alone: a forked child has none of the threads that would end these."""
-        self._pid = os.getpid()
         self._flights = Flights(self.locks)
         self._fetcher = Fetcher(
             config=self.config,
@@ -116,6 +124,7 @@ class Engine:
             clock=self.clock,
             slots=threading.BoundedSemaphore(self.config.max_concurrent_fetches),
         )
+        self._pid = os.getpid()  # last: another thread of the child goes on when it sees it
 
     def ensure(self, image_id: str, call: Call, watch: Watch, *, disk_size: int | None = None) -> BaseImage:
         """The base: a hit, or what this or another thread or process brings in."""
@@ -208,6 +217,38 @@ class Engine:
             self.backend.quarantine_base(base)
         return False
 
+    def missing(
+        self, image_id: str, unreadable: type[BaseNotFoundError | BaseCorruptError] = BaseNotFoundError
+    ) -> BaseNotFoundError | BaseCorruptError:
+        """The error for a base that is not found; where something stands in its place, an ``unreadable`` that tells."""
+        left = self.backend.find_unreadable(image_id)
+        if left is None:
+            return BaseNotFoundError(image_id=image_id)
+        todo = "Bring in a new one, which takes its place: ensure; or remove it"
+        return unreadable(f"{_CANNOT_BE_READ}: {left.reason}", image_id=image_id, todo=todo)
+
+    def removable(self, image_id: str) -> BaseImage:
+        """The base, or what stands in its place and cannot be read, to be retired once nobody uses it.
+
+        Raises:
+            BaseNotFoundError: nothing is there.
+            UsersUnknownError: nobody can say who uses what is there.
+        """
+        base = self.backend.find_base(image_id)
+        if base is not None:
+            return base
+        left = self.backend.find_unreadable(image_id)
+        if left is None:
+            raise BaseNotFoundError(image_id=image_id)
+        if left.base is None:
+            raise UsersUnknownError(
+                f"{_CANNOT_BE_READ}, and nobody can say who uses it: {left.reason}",
+                image_id=image_id,
+                stage="removal",
+                todo="Remove it with the release that made it, or by hand: `nova-imagecache check` says where it is",
+            )
+        return left.base
+
     def _touch(self, base: BaseImage) -> None:
         try:
             self.backend.touch_base(base)
@@ -220,7 +261,7 @@ class Engine:
         with Watch(image_id, cancel=cancel) as watch, self.remover.wait_lock(image_id, lambda: watch.check("repair")):
             base = self.backend.find_base(image_id)
             if base is None:
-                raise BaseNotFoundError(image_id=image_id)
+                raise self.missing(image_id, BaseCorruptError)
 
             def damage(copy: BaseImage) -> str | None:
                 return _verify.damage(self.backend, copy, lambda: watch.check("repair"))

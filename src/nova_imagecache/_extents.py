@@ -1,9 +1,10 @@
-"""Reads files by their data: extents, runs that are not zeros, allocated bytes. Changes nothing."""
+"""Reads files by their data: extents, content, runs that are not zeros, allocated bytes. Changes nothing."""
 
 from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 import stat
 from contextlib import suppress
@@ -50,6 +51,27 @@ def read_extents(path: Path) -> Iterator[Extent]:
                 data = os.pread(fd, min(MIB, size - offset), offset)
                 last = offset + MIB
                 yield Extent(offset=offset, data=data)
+
+
+def blank(length: int) -> memoryview:
+    """``length`` zero bytes to write to, which take memory where that was done."""
+    # anonymous memory, which is there when it is written to; a bytearray is filled with its zeros at once
+    return memoryview(mmap.mmap(-1, max(length, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[:length]
+
+
+def content(path: Path) -> memoryview:
+    """All bytes of a file, of which its holes take no memory."""
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        whole = blank(size)
+        for start, end in data_extents(file.fileno(), size):
+            position = start
+            while position < end:
+                count = os.preadv(file.fileno(), [whole[position:end]], position)
+                if not count:  # cut off meanwhile
+                    return whole[:position]
+                position += count
+    return whole
 
 
 def nonzero_runs(buffer: bytes | bytearray | memoryview) -> Iterator[tuple[int, memoryview]]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         Retired,
         RootDisk,
     )
-    from nova_imagecache.backends import Survey
+    from nova_imagecache.backends import Survey, Unreadable
     from nova_imagecache.sources import ImageSource
 
 _log = logging.getLogger(__name__)
@@ -180,6 +180,10 @@ class GuardedBackend(_Guard, Backend):
         with self._call("survey"):
             yield from self._inner.survey()
 
+    def find_unreadable(self, image_id: str) -> Unreadable | None:
+        with self._call("find_unreadable", image_id):
+            return self._inner.find_unreadable(image_id)
+
     def stage_base(self, image_id: str, format: str) -> BaseWriter:  # noqa: A002 - the contract's name
         with self._call("stage_base", image_id):
             return GuardedWriter(self._name, image_id, self._inner.stage_base(image_id, format))
@@ -229,7 +233,7 @@ class GuardedBackend(_Guard, Backend):
         """Whether the backend gives back what ``write_sums`` is given: the contract's default does not."""
         return type(self._inner).read_sums is not Backend.read_sums
 
-    def read_sums(self, base: BaseImage) -> bytes | None:
+    def read_sums(self, base: BaseImage) -> bytes | memoryview | None:
         with self._call("read_sums", base.image_id):
             return self._inner.read_sums(base)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from oslo_utils.imageutils import format_inspector
 
-INSPECTOR_VERSION = 1
+INSPECTOR_VERSION = 2
 """Raised whenever a rule is added: native bases that an older version judged are then looked at again."""
 
 DECIDED_BY = 1 << 20
@@ -241,8 +241,11 @@ def _vhd_size(footer: bytes) -> int:
 def _qcow2_problem(header: bytes) -> str | None:
     try:
         parsed = _qcow2.parse_header(header)
+        reason = _qcow2.refusal(header)
     except _qcow2.Qcow2Error as err:
         return str(err)
+    if reason is not None:
+        return reason
     if parsed.encrypted:
         return "an encrypted qcow2: nobody here has its key"
     if parsed.incompatible & _qcow2.CORRUPT:

@@ -42,6 +42,15 @@ OWN_OPTIONS: tuple[NovaOption, ...] = (
     option("own", "nova_imagecache.group", None, "`group`"),
     option("own", "nova_imagecache.qemu_user", None, "`qemu_user`"),
     option("own", "nova_imagecache.nova_base_dir", None, "`nova_base_dir`: set it on a host where Nova left a `_base`"),
+    option(
+        "own",
+        "nova_imagecache.libvirt_uri",
+        None,
+        "`libvirt_uri`: the libvirt that is asked for users of bases as well, such as `qemu:///system`",
+    ),
+    option(
+        "own", "nova_imagecache.disk_dirs", [], "`disk_dirs`: directories that are looked at for users of bases as well"
+    ),
 )
 OPTIONS = (*NOVA_OPTIONS, *OWN_OPTIONS)
 BY_KEY = {row.key: row for row in OPTIONS}
@@ -167,8 +176,8 @@ class _Translator:
         for key in ("DEFAULT.instances_path", "image_cache.subdirectory_name"):
             if NO_ADDRESS in self._get(key):
                 self._out.problems.append(f"{label(key)} names $my_ip, which is not set; set [DEFAULT] my_ip too")
-        for own in ("root", "disks_dir", "nova_base_dir"):
-            if self._own(own) is not None:
+        for own in ("root", "disks_dir", "nova_base_dir", "libvirt_uri", "disk_dirs"):
+            if self._own(own) not in (None, []):
                 self._set(own, self._own(own), f"nova_imagecache.{own}")
 
     def _limits(self) -> None:

@@ -17,6 +17,10 @@ _ADDED = struct.Struct(">Q20xI")
 """Of version 3, at 72: the incompatible features, and the header's length."""
 _V2_BYTES = 72
 _V3_BYTES = 104
+_BACKING_FORMAT = 0xE2792ACA
+"""The header extension that holds the backing file's format."""
+_EXTENSIONS = 4096
+"""Bytes in which an overlay's header extensions lie."""
 _LONGEST_NAME = 1023
 """Bytes of a backing file's name, by the specification."""
 
@@ -26,6 +30,10 @@ COMPRESSION = 1 << 3
 """Incompatible features: reference counts may be wrong; data may be; compressed clusters are not zlib's."""
 
 _COMPRESSIONS: dict[int, Literal["zlib", "zstd"]] = {0: "zlib", 1: "zstd"}
+
+
+_MOST_REFCOUNT_BITS = 6
+"""As a power of two: 64 bits."""
 
 
 class Qcow2Error(ValueError):
@@ -51,6 +59,31 @@ class Qcow2Header(NamedTuple):
     l1_offset: int
 
 
+def refusal(header: bytes) -> str | None:
+    """Why QEMU opens no image that begins like this, though ``parse_header`` takes it; None: it may.
+
+    The rules of ``qcow2_do_open`` in its block/qcow2.c, as far as the fixed part of the header tells.
+
+    Raises:
+        Qcow2Error: as ``parse_header``.
+    """
+    parsed = parse_header(header)
+    (table_clusters,) = struct.unpack_from(">I", header, 56)
+    if table_clusters == 0:
+        return "a qcow2 without a table of reference counts"
+    if parsed.version == 2:
+        return None
+    refcount_order, length = struct.unpack_from(">II", header, 96)
+    if refcount_order > _MOST_REFCOUNT_BITS:
+        return f"a qcow2 with refcount_order {refcount_order}"
+    if not _V3_BYTES <= length <= parsed.cluster_size:
+        return f"a qcow2 header of {length} bytes"
+    kind = header[_V3_BYTES] if length > _V3_BYTES else 0
+    if (kind != 0) != bool(parsed.incompatible & COMPRESSION):
+        return f"a qcow2 with compression type {kind}, and incompatible features that say otherwise"
+    return None
+
+
 def read_backing_name(file: BinaryIO | FileIO) -> str:
     """The backing file's name as it stands in the header; empty where there is none, or where this is no qcow2.
 
@@ -67,6 +100,25 @@ def read_backing_name(file: BinaryIO | FileIO) -> str:
         raise OSError(errno.EINVAL, "a qcow2 header whose backing file name is out of place")
     file.seek(header.backing_offset)
     return (file.read(header.backing_length) or b"").decode("utf-8", "surrogateescape")
+
+
+def read_backing_format(file: BinaryIO | FileIO) -> str:
+    """The backing file's format as the header states it; empty where it states none.
+
+    Raises:
+        Qcow2Error: this is no qcow2.
+    """
+    head = file.read(_EXTENSIONS)
+    header = parse_header(head)
+    at = _V2_BYTES if header.version == 2 else _ADDED.unpack_from(head, _V2_BYTES)[1]
+    while at + 8 <= min(len(head), header.backing_offset or header.cluster_size):
+        kind, length = struct.unpack_from(">II", head, at)
+        if kind == _BACKING_FORMAT:
+            return head[at + 8 : at + 8 + length].decode("ascii", "replace")
+        if not kind:
+            break
+        at += 8 + (length + 7) // 8 * 8
+    return ""
 
 
 def with_backing_name(head: bytes, name: str) -> bytes:

@@ -19,7 +19,8 @@ class RecordError(ValueError):
 class DiskRecord:
     """What is written down about a root disk when it is made. ``created_size`` in bytes; ``made_at`` POSIX seconds.
 
-    ``own_directory``: the disk's directory was made for it, and goes with it when it is empty.
+    ``own_directory``: the disk's directory was made for it, and goes with it when it is empty. ``attaching``: the image
+    to whose base it is being attached; of the two, the disk's header tells which one it reads.
     """
 
     image_id: str
@@ -30,7 +31,12 @@ class DiskRecord:
     base_format: str
     made_at: float
     own_directory: bool = False
+    attaching: str | None = None
     version: int = RECORD_VERSION
+
+
+class LaterRecordError(RecordError):
+    """A record of a later release, which may keep more than this library knows of."""
 
 
 _Record = TypeVar("_Record", BaseRecord, DiskRecord)
@@ -82,8 +88,10 @@ def _load(data: bytes, cls: type[_Record], digest: str) -> _Record:
         raise RecordError(f"not JSON: {err}") from err
     if not isinstance(values, dict):
         raise RecordError("not a JSON object")
-    if values.get("version") != RECORD_VERSION:
-        raise RecordError(f"record version {values.get('version')!r}; this library reads {RECORD_VERSION}")
+    if (version := values.get("version")) != RECORD_VERSION:
+        later = isinstance(version, int) and version > RECORD_VERSION
+        error = LaterRecordError if later else RecordError
+        raise error(f"record version {version!r}; this library reads {RECORD_VERSION}")
     kinds = _KINDS[cls]
     if not values.keys() <= kinds.keys():  # fields that a later minor release adds are left alone
         values = {name: value for name, value in values.items() if name in kinds}
@@ -103,6 +111,7 @@ def _load(data: bytes, cls: type[_Record], digest: str) -> _Record:
 
 _TYPES = {
     "str": (str,),
+    "str | None": (str, type(None)),
     "int": (int,),
     "bool": (bool,),
     "float": (int, float),

@@ -16,7 +16,6 @@ from nova_imagecache.exceptions import (
     DiskExistsError,
     DiskNotFoundError,
     DiskTooSmallError,
-    InvalidRequestError,
 )
 
 if TYPE_CHECKING:
@@ -148,10 +147,7 @@ class RootDisks:
     def copy_base(self, image_id: str, path: str | Path, call: Call) -> Path:
         """As ImageCache.copy_base."""
         _args.image_id(image_id)
-        target = Path(path)
-        if not target.is_absolute() or not target.parent.is_dir():
-            todo = "Give an absolute path in a directory that exists"
-            raise InvalidRequestError(f"{target} cannot be written", image_id=image_id, stage="copy", todo=todo)
+        target = _args.target(path)
 
         def copy(base: BaseImage, watch: Watch) -> Path:
             with translated(lambda text: BackendError(text, image_id=image_id, stage="copy")):

@@ -5,11 +5,12 @@ A MiB of zeros has the sum 0: the sums of a large and empty disk are a large and
 
 from __future__ import annotations
 
-import mmap
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
+
+from nova_imagecache import _extents
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -47,9 +48,7 @@ def _sum(digest: bytes, length: int) -> bytes:
 
 def of_extents(extents: Iterable[Extent], size: int) -> memoryview:
     """The sums of ``size`` bytes of which only the extents are not zeros; each extent is one MiB's whole content."""
-    # anonymous memory, which is there when it is written to; a bytearray is filled with its zeros at once
-    length = WIDTH * -(-size // MIB)
-    sums = memoryview(mmap.mmap(-1, max(length, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[:length]
+    sums = _extents.blank(WIDTH * -(-size // MIB))
     for extent in extents:
         index = extent.offset // MIB
         sums[index * WIDTH : (index + 1) * WIDTH] = of_piece(extent.data)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from nova_imagecache import _guard
 from nova_imagecache._chains import OF_DOMAIN, KnownBases, reads_by_name
 from nova_imagecache._models import FileLocation
-from nova_imagecache.exceptions import UsersUnknownError
+from nova_imagecache.exceptions import ConfigError, UsersUnknownError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from nova_imagecache._config import CacheConfig
     from nova_imagecache._models import BaseImage, DiskUser, RootDisk
     from nova_imagecache.backends import Backend
 
@@ -38,6 +39,31 @@ class UserFinder(Protocol):
         """
 
 
+def configured(config: CacheConfig) -> list[UserFinder]:
+    """The finders that the configuration names. Nobody is asked yet; what they need is imported.
+
+    Raises:
+        ConfigError: libvirt is to be asked, and its module cannot be imported.
+    """
+    found: list[UserFinder] = []
+    chains = None
+    if config.libvirt_uri is not None:
+        from nova_imagecache.domains import LibvirtDomains, load_libvirt
+
+        try:
+            load_libvirt()
+        except UsersUnknownError as err:
+            raise ConfigError([f"libvirt_uri: {err.detail} ({err.todo})"]) from err
+        domains = LibvirtDomains(config.libvirt_uri)
+        chains = domains.chains
+        found.append(domains)
+    if config.disk_dirs:
+        from nova_imagecache.finders import DiskDirectories
+
+        found.append(DiskDirectories(config.disk_dirs, chains=chains))
+    return found
+
+
 def from_finders(finders: Sequence[UserFinder], bases: Sequence[BaseImage]) -> dict[str, list[DiskUser]]:
     """What the finders know, by image id.
 
@@ -46,10 +72,19 @@ def from_finders(finders: Sequence[UserFinder], bases: Sequence[BaseImage]) -> d
     """
     found: dict[str, list[DiskUser]] = {}
     for finder in finders if bases else ():
-        with _guard.translated(partial(_unknown, finder)):
-            for user in finder.find(bases):
-                found.setdefault(user.image_id, []).append(user)
+        ask(finder, bases, found)
     return found
+
+
+def ask(finder: UserFinder, bases: Sequence[BaseImage], found: dict[str, list[DiskUser]]) -> None:
+    """Add what one finder knows to what is found, by image id. Without bases: nothing, if it could tell.
+
+    Raises:
+        UsersUnknownError: it cannot tell, or failed.
+    """
+    with _guard.translated(partial(_unknown, finder)):
+        for user in finder.find(bases):
+            found.setdefault(user.image_id, []).append(user)
 
 
 def _unknown(finder: UserFinder, text: str) -> UsersUnknownError:

@@ -39,7 +39,7 @@ def damage(backend: GuardedBackend, base: BaseImage, checkpoint: Callable[[], No
 def damage_of(
     extents: Iterable[Extent],
     record: BaseRecord,
-    read_sums: Callable[[], bytes | None],
+    read_sums: Callable[[], bytes | memoryview | None],
     checkpoint: Callable[[], None],
 ) -> str | None:
     """What is wrong with these bytes, as those of the base that the record is of; None: nothing.
@@ -57,7 +57,7 @@ def damage_of(
 
 
 def _compare_sums(
-    extents: Iterable[Extent], record: BaseRecord, sums: bytes, checkpoint: Callable[[], None]
+    extents: Iterable[Extent], record: BaseRecord, sums: bytes | memoryview, checkpoint: Callable[[], None]
 ) -> str | None:
     actual = _sums.of_extents((), record.size)
     for extent in extents:

@@ -1,6 +1,7 @@
 """libvirt: a root disk as libvirt wants it described, and the users of bases among a hypervisor's domains.
 
-The only importer of libvirt, which is loaded when it is first asked: the extra ``[libvirt]``.
+The only importer of libvirt, which is loaded when it is first asked, or for a configuration that names it: the extra
+``[libvirt]``.
 """
 
 from __future__ import annotations
@@ -163,9 +164,11 @@ class LibvirtDomains:
         self._connection = connection
         self._timeout = timeout
 
+    def __str__(self) -> str:
+        return self._connection if isinstance(self._connection, str) else "its own connection"
+
     def __repr__(self) -> str:
-        where = self._connection if isinstance(self._connection, str) else "its own connection"
-        return f"<LibvirtDomains at {where}>"
+        return f"<LibvirtDomains at {self}>"
 
     def find(self, bases: Sequence[BaseImage]) -> Iterator[DiskUser]:
         """The users of these bases among the domains' disks.
@@ -204,7 +207,7 @@ class LibvirtDomains:
 
     def _disks(self) -> list[_Disk]:
         """The disks of all domains, those of running ones first. A second try finds a libvirtd that was restarted."""
-        libvirt = _load()
+        libvirt = load_libvirt()
         deadline = time.monotonic() + self._timeout
 
         def check() -> None:
@@ -249,13 +252,18 @@ def log_libvirt_errors() -> None:
     done; whoever asks it hears of that.
     """
     try:
-        libvirt = _load()
+        libvirt = load_libvirt()
     except UsersUnknownError:
         return
     libvirt.registerErrorHandler(lambda _context, error: _log.debug("libvirt: %s", error[2]), None)
 
 
-def _load() -> ModuleType:
+def load_libvirt() -> ModuleType:
+    """The module ``libvirt``, which ``LibvirtDomains`` needs: so that a service knows at its start.
+
+    Raises:
+        UsersUnknownError: it cannot be imported.
+    """
     try:
         return importlib.import_module("libvirt")  # it ships no types
     except ImportError as err:

@@ -1,4 +1,5 @@
-"""Finders: what knows users of bases besides the storage. Hand them to ``ImageCache(..., user_finders=[...])``.
+"""Finders: what knows users of bases besides the storage. Hand them to ``ImageCache(..., user_finders=[...])``; the
+configuration's ``libvirt_uri`` and ``disk_dirs`` are such finders, too.
 
 A finder that cannot tell raises UsersUnknownError, and every base it was asked about is kept.
 """
@@ -36,6 +37,9 @@ class ImagesInUse:
 
     def __init__(self, image_ids: Callable[[], Iterable[str]]) -> None:
         self._image_ids = image_ids
+
+    def __str__(self) -> str:
+        return "image ids in use"
 
     def find(self, bases: Sequence[BaseImage]) -> Iterator[DiskUser]:
         """A user without a name for each base whose image is in use.
@@ -80,6 +84,9 @@ class DiskDirectories:
         self._chains = chains
         self._told: set[str] = set()
 
+    def __str__(self) -> str:
+        return ", ".join(map(str, self._directories))
+
     def find(self, bases: Sequence[BaseImage]) -> Iterator[DiskUser]:
         """The users of these bases among the files.
 
@@ -87,7 +94,7 @@ class DiskDirectories:
             UsersUnknownError: a directory is not there; or it or a file cannot be read, and nothing says what it uses.
         """
         known = KnownBases(bases)
-        if not known:  # on storage that no file reads through
+        if bases and not known:  # on storage that no file reads through
             return
         look = _Look(known, self._not_disks, self._chains)
         for directory in self._directories:

@@ -23,7 +23,7 @@ try:
 except ImportError as err:
     raise ImportError(f"{err}: pip install 'nova-imagecache[oslo]'", name=err.name) from err
 
-from nova_imagecache import _plugins
+from nova_imagecache import _plugins, _users
 from nova_imagecache._config import CacheConfig
 from nova_imagecache._nova_config import OPTIONS, Translation, Value, translate
 from nova_imagecache._nova_options import label
@@ -122,6 +122,7 @@ def _judged(found: Translation) -> CacheConfig:
     config = None
     try:
         config = CacheConfig.from_mapping(found.settings)
+        _users.configured(config)
     except ConfigError as err:
         problems += [found.renamed(problem) for problem in err.problems]
     problems += _plugins_problems(found)
@@ -231,7 +232,7 @@ def _toml(config: CacheConfig) -> str:
         value = getattr(config, field.name)
         if isinstance(value, dict):
             tables += ["", f"[{field.name}]", *(f"{name} = {_literal(one)}" for name, one in value.items())]
-        elif value is not None:
+        elif value not in (None, ()):
             lines.append(f"{field.name} = {_literal(value)}")
     return "\n".join([*lines, *tables])
 
@@ -243,7 +244,7 @@ def _literal(value: Any) -> str:
     if isinstance(value, dict):
         inside = ", ".join(f"{json.dumps(name)} = {_literal(one)}" for name, one in value.items())
         return f"{{{inside}}}"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(_literal, value))}]"
     # JSON's texts, numbers and truth are TOML's too
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

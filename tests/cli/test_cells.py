@@ -42,6 +42,8 @@ def test_times_are_iso_8601_in_utc() -> None:
     """A point in time has whole seconds and a Z, whatever the host's zone."""
     assert cells.iso(0.9) == "1970-01-01T00:00:00Z"
     assert cells.iso(None) is None
+    assert cells.iso(1.9e12) == "1.9e+12", "a pin's end in milliseconds, written by somebody else"
+    assert cells.iso(float("inf")) == "inf"
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,26 @@ def test_a_base_in_use_is_3(site: Site) -> None:
     site.ok("remove", "img")
 
 
+def test_a_base_that_cannot_be_read(site: Site) -> None:
+    """It is told of by its name, damaged and not absent, and goes as a base goes."""
+    site.image("img")
+    site.ok("create-disk", "img", "vm-1")
+    record = site.path / "cache" / "bases" / "img" / "base.json"
+    record.unlink()
+    record.write_text("{")
+    for command, code, words in (
+        ("show", 4, "cannot be read: its record cannot be read: not JSON"),
+        ("verify", 1, "ensure; or remove it"),
+        ("remove", 3, "used by 1 root disk(s): vm-1/disk"),
+    ):
+        answer = site.run(command, "img")
+        assert (answer.code, "Traceback" in answer.err) == (code, False), answer
+        assert words in answer.err.splitlines()[-1]
+    assert site.run("remove-disk", "vm-1").code == 0
+    assert site.run("remove", "img").code == 0
+    fails(site.run("remove", "img"), 4, "no base of this image")
+
+
 def test_a_pinned_base_is_3(site: Site) -> None:
     """The line names the owner; a pin that is over does not count."""
     site.image("img")

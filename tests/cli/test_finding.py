@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,65 @@ def test_the_unit_of_the_timer_runs(site: Site) -> None:
     unit = Path(__file__).parents[2] / "examples" / "systemd" / "nova-imagecache-cleanup.service"
     [line] = [line for line in unit.read_text().splitlines() if line.startswith("ExecStart=")]
     program, *arguments = line.removeprefix("ExecStart=/usr/bin/env ").split()
-    assert (program, arguments[0]) == ("nova-imagecache", "--libvirt")
-    arguments[1] += f"?socket={site.path}/nowhere"
+    assert (program, arguments[0]) == ("nova-imagecache", "cleanup")
     _base(site)
-    answer = site.run(*arguments)
-    assert (answer.code, [row["outcome"] for row in answer.data]) == (0, ["kept"])
+    site.configure(f'libvirt_uri = "qemu:///system?socket={site.path}/nowhere"\nmax_idle = 0')
+    for _mark_and_remove in range(2):
+        answer = site.run(*arguments)
+        assert (answer.code, [row["outcome"] for row in answer.data]) == (0, ["kept"])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_the_configuration_names_directories(site: Site, command: tuple[str, ...]) -> None:
+    """Every command looks there without an option; ``--disks`` adds another and takes none away."""
+    base = _base(site)
+    overlays = [_overlay(site.path / name / "vm" / "disk", base) for name in ("configured", "given", "disks")]
+    site.configure(f'disk_dirs = ["{site.path}/configured"]')
+    options = ["--disks", str(site.path / "given")]
+    for overlay in overlays:
+        assert site.run(*options, *command, "-f", "json").code == (0 if command[0] == "cleanup" else 3)
+        assert _is_there(site), f"{overlay} and those after it are there"
+        assert site.run(*options, "usage", "-f", "json").data["reclaimable"] == 0
+        overlay.unlink()
+    assert site.run(*command).code == 0
+    assert not _is_there(site)
+
+
+def test_the_configuration_names_libvirt(site: Site) -> None:
+    """A command without an option asks it, whose silence is doubt; an option adds another and takes none away."""
+    pytest.importorskip("libvirt")
+    _base(site)
+    site.configure(f'libvirt_uri = "qemu:///system?socket={site.path}/configured"')
+    given = ("--libvirt", f"qemu:///system?socket={site.path}/given")
+    for options in ((), given, ("--libvirt", f"qemu:///system?socket={site.path}/configured")):
+        answer = site.run(*options, "remove", "img")
+        assert (answer.code, answer.err.count("libvirt cannot be asked")) == (3, 1)
+        assert [row["image_id"] for row in site.run("list", "-f", "json").data] == ["img"]
+    checked = site.run(*given, "check", "-f", "json").data
+    rows = {row["value"]: row for row in checked if row["name"] == "users by libvirt"}
+    assert [uri.rpartition("/")[2] for uri in rows] == ["given", "configured"]
+    assert all("every base is kept: libvirt cannot be asked" in row["problem"] for row in rows.values())
+
+
+def test_libvirt_without_its_module_is_a_wrong_configuration(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is done, with what to install."""
+    monkeypatch.setitem(sys.modules, "libvirt", None)
+    _base(site)
+    site.configure('libvirt_uri = "qemu:///system"')
+    for command in (("remove", "img"), ("cleanup",), ("list",)):
+        answer = site.run(*command)
+        assert (answer.code, answer.out) == (2, "")
+        assert "Install nova-imagecache[libvirt]" in answer.err
+    site.configure()
+    assert _is_there(site)
+    assert site.run("--libvirt", "qemu:///system", "remove", "img").code == 2
+
+
+def test_check_tells_who_is_asked(site: Site) -> None:
+    """A line for each finder, with where it looks."""
+    (site.path / "more").mkdir()
+    (site.path / "disks").mkdir()
+    site.configure(f'disk_dirs = ["{site.path}/more"]')
+    [row] = [row for row in site.run("check", "-f", "json").data if row["name"].startswith("users by")]
+    assert (row["name"], row["ok"]) == ("users by disk directories", True)
+    assert row["value"] == f"{site.path}/more, {site.path}/disks"

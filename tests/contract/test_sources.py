@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nova_imagecache import DirectorySource
 from nova_imagecache.testing import FakeImage, FakeSource, SourceContract
+from nova_imagecache.testing._source_contract import SourceHarness
 
 GIB = 2**30
 
@@ -61,3 +62,8 @@ class TestFakeSource(SourceContract):
 
     def make_harness(self, tmp_path: Path) -> FakeHarness:
         return FakeHarness()
+
+    def kept(self, harness: SourceHarness, tmp_path: Path) -> dict[str, object]:
+        del tmp_path
+        assert isinstance(harness, FakeHarness)
+        return dict(harness.source.images)

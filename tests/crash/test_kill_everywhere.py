@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import signal
-import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from harness import images
 from harness.children import child, run_to_death
+from harness.deaths import Operation, kill_at_every_step, open_root, under
 from harness.images import MIB
 from harness.rig import KINDS, Rig
 from harness.waiting import until
 from nova_imagecache import BaseNotFoundError, DiskExistsError, FileLocation, ImageCacheError
-from nova_imagecache.testing import FaultPlan, Step
-from nova_imagecache.testing._faults import When
+from nova_imagecache.testing import FaultPlan
 
 SIZE = 4 * MIB
 OLD = images.raw("old bytes of the id")
@@ -32,27 +28,6 @@ SAMPLES = {"img": images.raw("one"), "packed": images.qcow2("two")}
 
 def _nothing(rig: Rig) -> None:
     """There is not even a root."""
-
-
-def _open(rig: Rig) -> None:
-    """There is an empty cache: the steps that make its root are tried once, not with each operation."""
-    rig.cache().recover()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Operation:
-    """One thing that a driver does: ``prepare`` makes what it starts from, ``done`` asserts what it came to.
-
-    ``finished`` are the errors that a second call may raise where the first one had done its work; ``mends``: what it
-    starts from is not whole.
-    """
-
-    act: Callable[[Rig], object]
-    kinds: tuple[str, ...]
-    done: Callable[[Rig, str], None]
-    prepare: Callable[[Rig], object] = field(default=_open)
-    finished: tuple[type[ImageCacheError], ...] = ()
-    mends: bool = False
 
 
 # --- the operations
@@ -109,7 +84,7 @@ def _stands_alone(rig: Rig, when: str) -> None:
 
 def _bring_disk_from_elsewhere(rig: Rig) -> None:
     """A disk with its record, copied from another host; the base is not here yet."""
-    _open(rig)
+    open_root(rig)
     other = Rig(rig.dir / "elsewhere", rig.kind, rig.samples)
     other.dir.mkdir()
     disk = other.cache().create_root_disk("img", "vm", size=SIZE)
@@ -151,6 +126,14 @@ def _remove_base(rig: Rig) -> None:
     with rig.cache() as cache:
         cache.recover()
         cache.remove_base("img")
+
+
+def _cut_base_off(rig: Rig) -> None:
+    """A base that cannot be read: a damaged filesystem, or a careless hand."""
+    _ensure("img")(rig)
+    disk = rig.backend().base_path("img")
+    disk.chmod(0o644)
+    os.truncate(disk, disk.stat().st_size - 512)
 
 
 def _is_clean(rig: Rig, when: str) -> None:
@@ -198,21 +181,16 @@ def _verify(rig: Rig) -> None:
         rig.cache().verify_base("img")
 
 
-def _under(plan: FaultPlan, act: Callable[[Rig], object], rig: Rig) -> None:
-    with plan:
-        act(rig)
-
-
 def _leave_litter(rig: Rig) -> None:
     """What deaths in four operations leave."""
     _ensure("img")(rig)
     plan = FaultPlan().kill("fs.give_name", match="/disk", nth=2)
-    assert run_to_death(lambda: _under(plan, _create("img"), rig), "litter of a creation")
+    assert run_to_death(lambda: under(plan, _create("img"), rig), "litter of a creation")
     plan = FaultPlan().kill("fs.rename", match="bases/packed")
-    assert run_to_death(lambda: _under(plan, _ensure("packed"), rig), "litter of a fetch")
+    assert run_to_death(lambda: under(plan, _ensure("packed"), rig), "litter of a fetch")
     plan = FaultPlan().kill("fs.rmtree", match="trash")
     rig.cache().remove_root_disk("vm")
-    assert run_to_death(lambda: _under(plan, _cleanup, rig), "litter of a cleanup")
+    assert run_to_death(lambda: under(plan, _cleanup, rig), "litter of a cleanup")
 
 
 def _no(found: object, when: str) -> None:
@@ -270,6 +248,13 @@ OPERATIONS = {
         done=_is_clean,
         finished=(BaseNotFoundError,),
     ),
+    "remove-unreadable": Operation(
+        act=_remove_base,
+        prepare=_cut_base_off,
+        kinds=("link",),
+        done=lambda rig, when: _no(list((rig.root / "bases").iterdir()), when),
+        finished=(BaseNotFoundError,),
+    ),
     "replace": Operation(act=_replace, prepare=_cache_old_bytes, kinds=ALL, done=_has_base("img")),
     "pin": Operation(act=lambda rig: rig.cache().pin("img", "someone"), kinds=("link",), done=_is_pinned),
     "unpin": Operation(
@@ -301,119 +286,11 @@ CASES = [(name, kind) for name, operation in OPERATIONS.items() for kind in oper
 # --- the test
 
 
-def _again(operation: Operation, rig: Rig) -> None:
-    with suppress(*operation.finished):
-        operation.act(rig)
-
-
-class Moment:
-    """A cache as it was at one moment, copied to the same place again and again: paths are in it."""
-
-    def __init__(self, rig: Rig, kept: Path) -> None:
-        self._rig = rig
-        self._kept = kept
-        if kept.exists():
-            shutil.rmtree(kept)
-        rig.dir.rename(kept)
-
-    def again(self) -> Rig:
-        """The cache as it was then."""
-        if self._rig.dir.exists():
-            shutil.rmtree(self._rig.dir)
-        # hard links stay links
-        subprocess.run(["cp", "-a", str(self._kept), str(self._rig.dir)], check=True)
-        return self._rig
-
-
-def _beginning(operation: Operation, directory: Path, kind: str) -> Moment:
-    """What the operation starts from."""
-    rig = Rig(directory / "rig", kind, SAMPLES)
-    rig.dir.mkdir()
-    operation.prepare(rig)
-    return Moment(rig, directory / "beginning")
-
-
-class Watch(FaultPlan):
-    """Sees what a directory holds before each step."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__()
-        self._directory = directory
-        self.states: list[list[tuple[object, ...]]] = []
-
-    def _count(self, module: str, name: str, targets: tuple[str, ...]) -> list[int]:
-        self.states.append(_state(self._directory))
-        return super()._count(module, name, targets)
-
-
-def _state(directory: Path) -> list[tuple[object, ...]]:
-    """All that a death leaves: what is there, and what it holds."""
-    state: list[tuple[object, ...]] = []
-    for path in sorted(directory.rglob("*")):
-        try:
-            found = path.lstat()
-            content = path.read_bytes() if path.is_file() else b""
-        except FileNotFoundError:  # another thread is at work
-            continue
-        words = (found.st_ino, found.st_mode, found.st_nlink, found.st_uid, found.st_gid, found.st_size)
-        state.append((str(path), *words, found.st_mtime_ns, hashlib.blake2b(content).digest()))
-    return state
-
-
-def _deaths(operation: Operation, rig: Rig) -> list[tuple[Step, When]]:
-    """The steps to die at: a death leaves the same before two steps between which nothing has changed."""
-    with Watch(rig.dir) as watch:
-        operation.act(rig)
-    operation.done(rig, "undisturbed")
-    rig.check("undisturbed")
-    rig.check_tidy("undisturbed")
-    assert watch.trace, "the operation takes no step that a plan sees"
-    before = [None, *watch.states]
-    deaths: list[tuple[Step, When]] = [
-        (step, "before") for step, was, state in zip(watch.trace, before, watch.states, strict=False) if was != state
-    ]
-    return [*deaths, (watch.trace[-1], "after")]
-
-
 @pytest.mark.parametrize(("name", "kind"), CASES, ids=[f"{name}-{kind}" for name, kind in CASES])
 def test_kill_at_every_step(name: str, kind: str, quick_path: Path) -> None:
     """Whatever step a process dies at: all that is there is whole, the same call works, recover() leaves no litter."""
     operation = OPERATIONS[name]
-    beginning = _beginning(operation, quick_path, kind)
-    for step, moment in _deaths(operation, beginning.again()):
-        rig = beginning.again()
-        when = f"{name} with {kind}, killed {moment} step {step}"
-        plan = FaultPlan().kill(step.index, when=moment)
-        killed = run_to_death(partial(_under, plan, operation.act, rig), when)
-        assert killed, f"{when}: that step was not reached"
-        death = Moment(rig, quick_path / "death")
-        for recover_first in (False, True):
-            _judge(operation, death.again(), when, recover_first=recover_first)
-
-
-def _judge(operation: Operation, rig: Rig, when: str, *, recover_first: bool) -> None:
-    try:
-        if recover_first:
-            report = rig.cache().recover()
-            assert not report.failed, f"{when}: recover() failed: {report}"
-            assert not report.alive, f"{when}: recover() took the dead for alive: {report}"
-            when = f"{when}, recovered"
-            rig.check_tidy(when, arrived=operation.mends)
-        if not operation.mends:
-            rig.check(when)
-        _again(operation, rig)
-        when = f"{when}, called again"
-        operation.done(rig, when)
-        if not recover_first:
-            report = rig.cache().recover()
-            assert not report.failed, f"{when}: recover() failed: {report}"
-            when = f"{when}, recovered"
-        rig.check(when)
-        rig.check_tidy(when)
-        operation.done(rig, when)
-    except ImageCacheError as err:
-        err.add_note(when)
-        raise
+    kill_at_every_step(operation, Rig(quick_path / "rig", kind, SAMPLES), name)
 
 
 # --- death in the middle of a child process

@@ -22,6 +22,7 @@ from nova_imagecache import (
     SourceError,
 )
 from nova_imagecache.testing import SourceContract
+from nova_imagecache.testing._source_contract import SourceHarness
 from services.glance import ADMIN, MEMBER, STRANGER, GlanceServer
 
 pytestmark = pytest.mark.services
@@ -50,6 +51,12 @@ class TestGlanceSource(SourceContract):
     @pytest.fixture
     def harness(self, glance: GlanceServer) -> GlanceHarness:
         return GlanceHarness(glance)
+
+    def kept(self, harness: SourceHarness, tmp_path: Path) -> dict[str, object]:
+        del tmp_path
+        assert isinstance(harness, GlanceHarness)
+        images = harness.server.call("GET", "/v2/images?limit=1000")["images"]
+        return {image["id"]: image for image in images}
 
 
 @pytest.fixture(scope="module")

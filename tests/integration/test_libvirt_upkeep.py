@@ -33,20 +33,22 @@ class Answer:
 
 
 class Operator:
-    """Who runs the command line, as the cache's user, in a child."""
+    """Who runs the command line, as the cache's user, in a child; libvirt stands in the file, or is an option."""
 
-    def __init__(self, rig: BootRig, *, reference: str = "auto") -> None:
+    def __init__(self, rig: BootRig, *, reference: str = "auto", configured: bool = False) -> None:
         self.rig = rig
+        self.configured = configured
         shelve(rig.dir / "images", rig.samples)
         self.config = rig.dir / "config.toml"
+        uri = f'libvirt_uri = "{rig.ground.daemon.uri}"\n' if configured else ""
         self.config.write_text(
             f'root = "{rig.root}"\ndisks_dir = "{rig.disks}"\nsource = "directory"\n'
-            f'[backend_options]\nreference = "{reference}"\n'
+            f'{uri}[backend_options]\nreference = "{reference}"\n'
             f'[source_options]\npath = "{rig.dir}/images"\n'
         )
 
     def run(self, *arguments: str, libvirt: bool = True) -> Answer:
-        uri = ["--libvirt", self.rig.ground.daemon.uri] if libvirt else []
+        uri = ["--libvirt", self.rig.ground.daemon.uri] if libvirt and not self.configured else []
         line = ["--config", str(self.config), *uri, *arguments, "-f", "json"]
 
         def work() -> tuple[int, str, str]:
@@ -77,18 +79,22 @@ class Operator:
 # --- who uses a base
 
 
+@pytest.mark.parametrize("configured", [True, False], ids=["by-the-file", "by-an-option"])
 @pytest.mark.parametrize("command", [("cleanup", "--max-idle", "0"), ("remove", "one")], ids=["cleanup", "remove"])
 def test_a_guest_that_nobody_told_about_keeps_its_base(
-    command: tuple[str, ...], libvirt_ground: Ground, libvirt_guests: Guests
+    command: tuple[str, ...], configured: bool, libvirt_ground: Ground, libvirt_guests: Guests
 ) -> None:
     """Its disk lies where nobody looks and names the base by its path: libvirt knows, running and shut off."""
     rig = BootRig(libvirt_ground, "path")
-    operator = Operator(rig)
+    operator = Operator(rig, configured=configured)
     assert operator.run("ensure", "one").code == 0
     (rig.dir / "elsewhere").mkdir()
     root = rig.dir / "elsewhere" / "root.img"
     qemu_img("create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(rig.base("one")), str(root))
     assert libvirt_guests.boot("strange", plain_disk(root)) == says("ONE")
+    with rig.cache() as alone:
+        [item] = alone.plan_cleanup(max_idle=0).items
+        assert item.verdict == "remove", "libvirt alone knows"
     for state in ("running", "shut off"):
         answer = operator.run(*command)
         assert answer.code == (0 if command[0] == "cleanup" else 3), (state, answer)

@@ -1,9 +1,10 @@
-"""How much memory a fetch takes: the same for an image of any size."""
+"""How much memory a fetch or a verification takes: the same for an image of any size."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -13,10 +14,14 @@ from typing import Any
 
 import pytest
 
+from harness.images import qemu_img
+from nova_imagecache import BackendPaths, CacheConfig, DirectorySource, ImageCache
+from nova_imagecache.backends.file import FileBackend
+from nova_imagecache.exceptions import BaseCorruptError
 from services.content import Content
 from services.flaky import FlakyGlance
 
-MIB, GIB = 2**20, 2**30
+MIB, GIB, TIB = 2**20, 2**30, 2**40
 SIZE = 10 * GIB
 DATA_EVERY = 32
 LIMIT = 100 * MIB
@@ -130,3 +135,32 @@ def test_memory_of_a_ten_gib_qcow2(tmp_path: Path) -> None:
     with (tmp_path / "root" / "bases" / "large" / "disk").open("rb") as file:
         clusters = [file.read(content.cluster) for _ in range(3)]
     assert clusters == [content.plain_data, content.packed_data, bytes(content.cluster)]
+
+
+def _memory(figure: str) -> int:
+    """Bytes, as the kernel tells of this process."""
+    found = re.search(rf"^{figure}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def test_memory_of_verifying_a_large_base(tmp_path: Path) -> None:
+    """4 TiB that hold next to nothing have 32 MiB of checksums, which are not read; damage is found all the same."""
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", str(tmp_path / "large.img"), str(4 * TIB))
+    (tmp_path / "large.json").write_text('{"disk_format": "qcow2"}')
+    root = tmp_path / "root"
+    root.mkdir()
+    backend = FileBackend({}, BackendPaths(root=root, disks_dir=root / "disks"))
+    config = CacheConfig(root=root, allow_unverified=True, max_virtual_size=8 * TIB)
+    with ImageCache(config, source=DirectorySource(tmp_path), backend=backend) as cache:
+        disk = backend.base_path(cache.ensure_base("large").image_id)
+        assert disk.with_name("disk.sums").stat().st_size == 32 * MIB
+        Path("/proc/self/clear_refs").write_text("5")  # the highest point is counted from here on
+        start = _memory("VmRSS")
+        cache.verify_base("large")
+        assert _memory("VmHWM") - start < 8 * MIB
+        disk.chmod(0o644)
+        with disk.open("r+b") as file:
+            os.pwrite(file.fileno(), b"x", 3 * TIB)
+        with pytest.raises(BaseCorruptError, match=f"differ at MiB {3 * TIB // MIB}"):
+            cache.verify_base("large")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import struct
 from pathlib import Path
 
@@ -148,6 +149,13 @@ class TestQcow2:
         assert header.virtual_size == int.from_bytes(data[24:32], "big")
         assert header.encrypted == (data[32:36] != b"\0\0\0\0")
         assert version == 3 or header.incompatible == 0
+
+    @given(st.sampled_from([2, 3]), st.binary(max_size=5000), st.integers(0, 600))
+    def test_backing_format(self, version: int, rest: bytes, length: int) -> None:
+        """Whatever stands in the header's extensions, a text or a refusal comes of them."""
+        data = b"QFI\xfb" + version.to_bytes(4, "big") + bytes(12) + b"\0\0\0\x10" + bytes(76)
+        with contextlib.suppress(Qcow2Error):
+            assert isinstance(_qcow2.read_backing_format(io.BytesIO(data + length.to_bytes(4, "big") + rest)), str)
 
     @given(
         st.sampled_from([2, 3]),

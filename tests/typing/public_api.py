@@ -68,6 +68,8 @@ def configured() -> CacheConfig:
     assert_type(config.disks_dir, Path | None)
     assert_type(config.max_idle, timedelta)
     assert_type(config.max_bytes, int | None)
+    assert_type(config.libvirt_uri, str | None)
+    assert_type(config.disk_dirs, tuple[Path, ...])
     assert_type(config.backend_options, Mapping[str, Any])
     assert_type(CacheConfig.from_mapping({"root": "/x", "max_idle": "24h"}), CacheConfig)
     return assert_type(CacheConfig.from_toml("/etc/nova-imagecache.toml"), CacheConfig)

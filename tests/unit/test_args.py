@@ -157,9 +157,9 @@ def test_values_that_are_no_points_in_time_are_refused(value: Any) -> None:
 
 BAD_NAMES: list[Any] = ["", "../x", "a/b", "a\0", "Disk", "x" * 1024, "ä", "disk.base", "disk.json", None]
 BAD_SIZES: list[Any] = [0, -512, True, "20G", 1.5, 1 << 63]
-BAD_TIMES: list[Any] = ["soon", True, math.nan]
+BAD_TIMES: list[Any] = ["soon", True, math.nan, math.inf, 1.9e12, 10**400]
 BAD_LISTS: list[Any] = ["md", b"md", "", 7]
-BAD_DURATIONS: list[Any] = [-1, math.nan, "24h", True]
+BAD_DURATIONS: list[Any] = [-1, math.nan, "24h", True, 10**400]
 BAD: dict[str, list[Any]] = {
     "image_id": BAD_IDS,
     "disk_id": BAD_IDS,
@@ -172,13 +172,17 @@ BAD: dict[str, list[Any]] = {
     "in_use": [*([bad] for bad in BAD_IDS), *BAD_LISTS],
     "image_ids": BAD_LISTS,
     "expect": ["abc", "sha256:" + "0" * 64, b"abc", {"sha256": "0" * 64}],
-    "deadline": ["10m", "10", -1, -0.001, math.nan, True, [1], datetime.now(UTC)],
-    "path": ["kernel", "../kernel", "", "/nowhere/kernel"],
+    "deadline": ["10m", "10", -1, -0.001, math.nan, True, [1], datetime.now(UTC), 10**400],
+    "path": ["kernel", "../kernel", "", "/nowhere/kernel", "/tmp/a\0b", "/", 7, None],
+    "cancel": [True, 1, "now", lambda: True],
+    "progress": [5, "yes"],
+    "plan": ["plan", 1, []],
+    "static_mb": ["5", 1.5, True, None, -1],
 }
 """What may not be handed in, by the parameter's name."""
 
-OTHERWISE = {"source", "cancel", "progress", "plan", "static_mb"}
-"""Parameters with tests of their own, here or elsewhere: values that never become a part of a path."""
+OTHERWISE = {"source"}
+"""Parameters with tests of their own elsewhere."""
 
 GOOD: dict[str, Any] = {
     "image_id": "img",

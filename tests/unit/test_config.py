@@ -30,6 +30,7 @@ def test_the_root_is_enough() -> None:
     assert (config.max_virtual_size, config.max_bytes, config.min_free_bytes) == (None, None, 0)
     assert config.max_concurrent_fetches == 4
     assert (config.group, config.qemu_user, config.nova_base_dir) == (None, None, None)
+    assert (config.libvirt_uri, config.disk_dirs) == (None, ())
 
 
 def test_a_configuration_is_frozen() -> None:
@@ -42,7 +43,9 @@ def test_text_becomes_durations_sizes_and_paths() -> None:
     """As it comes out of a file."""
     config = CacheConfig.from_mapping(
         {"root": "/x", "disks_dir": "/y", "max_idle": "7d", "lock_timeout": 90, "max_bytes": "2G", "min_free_bytes": 5}
+        | {"disk_dirs": ["/srv/b", "/srv/a", "/srv/b"]}
     )
+    assert config.disk_dirs == (Path("/srv/b"), Path("/srv/a"))
     assert config.root == Path("/x")
     assert config.disks_dir == Path("/y")
     assert config.max_idle == timedelta(days=7)
@@ -70,9 +73,16 @@ def test_a_file_that_is_no_toml_is_a_config_error(tmp_path: Path, content: bytes
         CacheConfig.from_toml(path)
 
 
+@pytest.mark.parametrize("values", [None, "root", ["root"]])
+def test_what_is_no_mapping_is_a_config_error(values: Any) -> None:
+    """Before any option is looked at."""
+    with pytest.raises(ConfigError, match="no mapping of options"):
+        CacheConfig.from_mapping(values)
+
+
 def test_a_file_that_is_not_there_is_a_config_error(tmp_path: Path) -> None:
     """Nor is a directory a file."""
-    for path in (tmp_path / "none.toml", tmp_path):
+    for path in (tmp_path / "none.toml", tmp_path, "/a\0b"):
         with pytest.raises(ConfigError, match=str(path)):
             CacheConfig.from_toml(path)
 
@@ -115,6 +125,8 @@ def test_all_problems_come_at_once() -> None:
         "group": " ",
         "qemu_user": 107,
         "nova_base_dir": "",
+        "libvirt_uri": ["qemu:///system"],
+        "disk_dirs": ["/srv/a", "relative"],
         "max_idel": "24h",
         "colour": "red",
     }
@@ -133,6 +145,10 @@ def test_all_problems_come_at_once() -> None:
         ("root", ""),
         ("root", None),
         ("root", 7),
+        ("libvirt_uri", ""),
+        ("disk_dirs", "/srv/a"),
+        ("disk_dirs", None),
+        ("disk_dirs", [["/srv/a"]]),
         ("max_concurrent_fetches", -1),
         ("max_concurrent_fetches", "4"),
         ("max_concurrent_fetches", True),

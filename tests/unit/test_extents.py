@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nova_imagecache._extents import allocated_tree, data_extents, nonzero_runs, read_extents
+from nova_imagecache._extents import allocated_tree, content, data_extents, nonzero_runs, read_extents
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -30,6 +30,14 @@ def test_only_data_is_visited(tmp_path: Path) -> None:
     """A hole before, between and after."""
     path = sparse(tmp_path / "x", 10 * MIB, (MIB, b"a" * 4096), (5 * MIB, b"b" * 8192))
     assert extents(path) == [(MIB, MIB + 4096), (5 * MIB, 5 * MIB + 8192)]
+
+
+def test_content_is_the_whole_file(tmp_path: Path) -> None:
+    """With its holes, to the last byte; also where there is nothing."""
+    path = sparse(tmp_path / "x", 3 * MIB + 5, (MIB - 3, b"abcdefg"), (3 * MIB + 3, b"yz"))
+    assert content(path) == path.read_bytes()
+    assert content(sparse(tmp_path / "hole", MIB)) == bytes(MIB)
+    assert bytes(content(sparse(tmp_path / "empty", 0))) == b""
 
 
 def test_files_without_data_have_no_extents(tmp_path: Path) -> None:

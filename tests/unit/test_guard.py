@@ -46,6 +46,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "close": (),
     "find_base": ("img",),
     "iter_bases": (),
+    "find_unreadable": ("img",),
     "survey": (),
     "stage_base": ("img", "raw"),
     "touch_base": (BASE,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,11 @@ def qcow2_header(data: bytes, **fields: int) -> bytes:
         "cluster_bits": (20, ">I"),
         "size": (24, ">Q"),
         "crypt": (32, ">I"),
+        "refcount_table": (56, ">I"),
         "incompatible": (72, ">Q"),
+        "refcount_order": (96, ">I"),
+        "length": (100, ">I"),
+        "compression": (104, ">B"),
     }
     for name, value in fields.items():
         offset, layout = places[name]
@@ -297,6 +302,29 @@ def test_qcow2_headers_outside_the_rules_are_refused_early(
 ) -> None:
     """Features nobody knows, sizes nobody has, keys nobody holds, versions nobody wrote."""
     reason, fed = refused("qcow2", qcow2_header(made["qcow2 v3"], **fields).ljust(8 * MIB, b"\0"), STEP)
+    assert words in reason
+    assert fed <= MIB
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"refcount_table": 0}, "reference counts"),
+        ({"refcount_order": 7}, "refcount_order 7"),
+        ({"length": 103}, "header of 103 bytes"),
+        ({"length": (64 << 10) + 8}, "header of 65544 bytes"),
+        ({"compression": 1}, "compression type 1"),
+        ({"incompatible": 1 << 3}, "compression type 0"),
+    ],
+)
+def test_qcow2_headers_that_qemu_refuses_are_refused(
+    made: dict[str, bytes], tmp_path: Path, fields: dict[str, int], words: str
+) -> None:
+    """No disk on such a base would open."""
+    (tmp_path / "image").write_bytes(qcow2_header(made["qcow2 v3"], **fields))
+    with pytest.raises(subprocess.CalledProcessError):
+        images.qemu_img("info", "-f", "qcow2", tmp_path / "image")
+    reason, fed = refused("qcow2", (tmp_path / "image").read_bytes().ljust(8 * MIB, b"\0"), STEP)
     assert words in reason
     assert fed <= MIB
 

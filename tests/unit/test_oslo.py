@@ -63,6 +63,7 @@ def test_files_on_local_storage(read: Read, registered: bool) -> None:
         group = kvm
         qemu_user = libvirt-qemu
         nova_base_dir = /srv/nova/instances/_base_192.0.2.7
+        disk_dirs = /srv/other, $state_path/more
         backend_options = reference = "path"
     """
     config = config_from_oslo(read(text.replace("        ", ""), registered=registered))
@@ -82,6 +83,7 @@ def test_files_on_local_storage(read: Read, registered: bool) -> None:
         group="kvm",
         qemu_user="libvirt-qemu",
         nova_base_dir=Path("/srv/nova/instances/_base_192.0.2.7"),
+        disk_dirs=(Path("/srv/other"), Path("/srv/nova/more")),
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from oslo_config import cfg
@@ -95,6 +97,17 @@ def test_a_plug_in_that_is_not_installed_is_a_problem(read: Read) -> None:
     (problem,) = problems(read("[nova_imagecache]\nbackend = zfs\n"))
     assert problem.startswith("[nova_imagecache] backend: no plug-in 'zfs'")
     assert "file, qcow2, rbd" in problem
+
+
+def test_libvirt_that_cannot_be_imported_is_a_problem(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to install; where it can be, it becomes part of the configuration."""
+    conf = read("[nova_imagecache]\nlibvirt_uri = qemu:///system\n")
+    monkeypatch.setitem(sys.modules, "libvirt", None)
+    (problem,) = problems(conf)
+    assert problem.startswith("[nova_imagecache] libvirt_uri: libvirt-python cannot be imported")
+    assert "nova-imagecache[libvirt]" in problem
+    monkeypatch.setitem(sys.modules, "libvirt", ModuleType("libvirt"))
+    assert config_from_oslo(conf).libvirt_uri == "qemu:///system"
 
 
 def test_what_has_no_effect_is_said_once_and_stops_nobody(read: Read, caplog: pytest.LogCaptureFixture) -> None:

@@ -61,6 +61,7 @@ state_path = /srv/n"o"va
 [nova_imagecache]
 max_bytes = 20G
 lock_timeout = 90s
+disk_dirs = /srv/a,/srv/b
 backend = rbd
 backend_options = features = ["layering", "exclusive-lock"]
 source_options = endpoints = ["http://a:9292"]

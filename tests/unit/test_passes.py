@@ -335,7 +335,7 @@ def test_a_pin_ends(rig: Rig) -> None:
     assert cache.cleanup().removed == ("a",)
 
 
-@pytest.mark.parametrize("ago", [0.0, 10 * DAY, float("inf")])
+@pytest.mark.parametrize("ago", [0.0, 10 * DAY])
 def test_a_pin_that_would_be_over_is_refused(ago: float, rig: Rig) -> None:
     """A wrong year must not take away the pin that the owner has."""
     clock = Clock()

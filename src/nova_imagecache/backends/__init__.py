@@ -98,6 +98,7 @@ __all__ = [
     "Retired",
     "RootDisk",
     "Survey",
+    "Unreadable",
     "UsersUnknownError",
     "dump_record",
     "hold",
@@ -179,6 +180,18 @@ class Survey:
     base: BaseImage
     users: tuple[DiskUser, ...] | None = None
     allocated: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """What stands in a base's place and cannot be read as one: ``reason`` says why.
+
+    ``base`` is for ``iter_users``, ``retire_base`` and the finders, its location where the bytes are, or would be; of
+    its record nothing but the image is true. None: nobody can say who uses it, so that it cannot be retired.
+    """
+
+    reason: str
+    base: BaseImage | None
 
 
 class Claim:
@@ -289,6 +302,14 @@ class Backend(abc.ABC):
         for base in self.iter_bases():
             yield Survey(base=base)
 
+    def find_unreadable(self, image_id: str) -> Unreadable | None:
+        """What stands in the place of a base that ``find_base`` does not find, None: nothing. The default.
+
+        Once it has neither users nor pins, as the core asks for any base, it is retired and purged like one.
+        """
+        del image_id
+        return None
+
     @abc.abstractmethod
     def stage_base(self, image_id: str, format: str) -> BaseWriter:  # noqa: A002 - the word that "base format" has everywhere
         """A writer for a new base: invisible, exclusive to this caller, reading as zeros."""
@@ -358,7 +379,7 @@ class Backend(abc.ABC):
             raise BackendError("this backend cannot read a base", image_id=base.image_id, stage="reading")
         return _extents.read_extents(base.location.path)
 
-    def read_sums(self, base: BaseImage) -> bytes | None:
+    def read_sums(self, base: BaseImage) -> bytes | memoryview | None:
         """What ``write_sums`` kept, None: nothing."""
         del base
         return None

@@ -71,7 +71,7 @@ def _owners(backend: FileDisks) -> Iterator[Fact]:
         first = "; ".join(f"{name}: {reason}" for name, reason in sorted(left.items())[:_NAMED])
         more = f"; and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         bases = backend.base_path("x").parent.parent
-        todo = f"the next ensure replaces one; or remove it by hand from {bases} where no disk names it by path"
+        todo = f"in {bases}; the next ensure replaces one, and `nova-imagecache remove` removes one that nobody uses"
         yield Fact(name="bases that cannot be read", value=str(len(left)), problem=f"{first}{more}; {todo}")
     foreign = [b.image_id for b in backend.iter_bases() if not _ours(backend.base_path(b.image_id))]
     yield Fact(

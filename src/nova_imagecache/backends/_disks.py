@@ -35,7 +35,8 @@ from nova_imagecache.backends import (
 )
 from nova_imagecache.backends._making import Making
 from nova_imagecache.backends._references import finish, unfinished
-from nova_imagecache.backends._ties import TiedDisks, is_foreign
+from nova_imagecache.backends._seen import is_foreign
+from nova_imagecache.backends._ties import TiedDisks, sides
 from nova_imagecache.exceptions import DiskInUseError
 
 if TYPE_CHECKING:
@@ -229,8 +230,8 @@ class FileDisks(TiedDisks):
         directory = self._directory(disk_id)
         held = _entries.hold(directory, wait=True, follow=True)
         try:
+            record = self._settled(disk_id, name) if held is not None else None
             disk = self.get_root_disk(disk_id, name) if held is not None else None
-            record = self._load(directory, name)
             if disk is None or record is None:
                 raise DiskNotFoundError(disk_id=disk_id, name=name)
             try:
@@ -250,7 +251,7 @@ class FileDisks(TiedDisks):
             self._drop_references_by_name(disk_id, name)
             return
         try:
-            record = self._load(directory, name)
+            record = self._settled(disk_id, name)
             if record is None and (directory / name).exists():
                 raise DiskNotFoundError(
                     "a file of that name is there, but no record that it is a root disk of this cache",
@@ -259,8 +260,9 @@ class FileDisks(TiedDisks):
                     todo="Remove the file by hand if it is not needed",
                 )
             self._refuse_readers(disk_id, name, record)
-            if record is not None and (written := self._path_reference(record, disk_id, name)) is not None:
-                _fs.rename(written, unfinished(self.user_record(record.image_id, disk_id, name)))
+            for each in sides(record):
+                if (written := self._path_reference(each, disk_id, name)) is not None:
+                    _fs.rename(written, unfinished(self.user_record(each.image_id, disk_id, name)))
             _fs.unlink(directory / name)
             self._forget(directory, disk_id, name)
             own = record is not None and record.own_directory
@@ -300,19 +302,6 @@ class FileDisks(TiedDisks):
                 os.close(fd)
             self._rewrite(disk_id, name, replace(record, created_size=size))
             return replace(disk, virtual_size=size)
-
-    def _rewrite(self, disk_id: str, name: str, record: _records.DiskRecord) -> None:
-        """Put a new record in place of a disk's old one; the directory is held."""
-        directory = self._directory(disk_id)
-        # beside it: the root may be another filesystem
-        making = directory / f".{name}.{_fs.random_suffix()}"
-        _fs.mkdir(making, 0o711)
-        try:
-            _fs.write_file(making / "record", _records.dump_disk(record), 0o644)
-            _fs.rename(making / "record", directory / f"{name}.json")
-            _fs.fsync_dir(directory)
-        finally:
-            _fs.rmtree(making)
 
     def _same_bytes(self, base: BaseImage, record: _records.DiskRecord, disk_id: str, name: str) -> None:
         """Refuse to tie a disk to other bytes than it was made of: digests decide, image ids where there are none."""

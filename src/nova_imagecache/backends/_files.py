@@ -36,9 +36,11 @@ from nova_imagecache.backends import (
     FileLocation,
     Retired,
     Survey,
+    Unreadable,
     _reown,
 )
 from nova_imagecache.backends._looks import Looks, allocated_in, mark, retired_base
+from nova_imagecache.backends._unreadable import unreadable
 from nova_imagecache.backends._writer import FileOptions, FileWriter
 
 if TYPE_CHECKING:
@@ -101,6 +103,13 @@ class FileBases(Backend):
         """What stands in the place of bases and cannot be read as one, by its name, and why."""
         return self._looks.left_alone()
 
+    def find_unreadable(self, image_id: str) -> Unreadable | None:
+        reason = self._looks.why_left(image_id)
+        try:
+            return None if reason is None else unreadable(image_id, reason, self._bases / image_id)
+        except FileNotFoundError:  # gone meanwhile
+            return None
+
     # --- making
 
     def stage_base(self, image_id: str, format: str) -> BaseWriter:  # noqa: A002, ARG002 - the contract's name; files hold any
@@ -147,9 +156,9 @@ class FileBases(Backend):
         with suppress(FileNotFoundError):  # retired meanwhile
             _entries.replace_file(directory / "inspected", str(version).encode(), 0o444, staging=self.staging)
 
-    def read_sums(self, base: BaseImage) -> bytes | None:
+    def read_sums(self, base: BaseImage) -> memoryview | None:
         try:
-            return (_path(base).parent / "disk.sums").read_bytes()
+            return _extents.content(_path(base).parent / "disk.sums")
         except FileNotFoundError:
             return None
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nova_imagecache import _entries, _extents, _records
 from nova_imagecache.backends import BaseImage, BaseRecord, DiskUser, FileLocation, Survey, UsersUnknownError
+from nova_imagecache.backends._unreadable import of_nothing_known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -77,6 +78,19 @@ class Looks:
             pass
         return dict(self._left)
 
+    def why_left(self, image_id: str) -> str | None:
+        """Why what stands in the base's place cannot be read as one; None: it can, or nothing is there.
+
+        Raises:
+            OSError: it cannot be seen now.
+        """
+        directory = f"{self._bases}/{image_id}"
+        if self.find(image_id) is not None or not os.path.lexists(directory):
+            return None
+        if missing := _missing(directory):
+            self._leave(image_id, f"it has no {missing}")
+        return self._left.get(image_id)
+
     def allocated_left(self) -> tuple[dict[str, int], bool]:
         """(allocated bytes of what the last look left alone, by its name; whether all of it could be seen)."""
         found, complete = {}, True
@@ -116,7 +130,7 @@ class Looks:
         if self._left.get(image_id) != why:
             self._left[image_id] = why
             _log.warning(
-                "base %s is left alone: %s. Ensure it again, or remove it by hand: `nova-imagecache check` says where",
+                "base %s is left alone: %s. Ensure it again, or remove it; `nova-imagecache check` tells of all such",
                 image_id,
                 why,
             )
@@ -236,11 +250,12 @@ def _links(path: Path) -> int:
 
 
 def retired_base(image_id: str, directory: Path) -> BaseImage | None:
-    """The base in a directory of the trash, None: it cannot be read."""
+    """The base in a directory of the trash, None: it has no bytes. One that cannot be read was retired as well."""
     try:
         record = _records.load_base((directory / "base.json").read_bytes())
     except (OSError, _records.RecordError):
-        return None
+        there = os.path.lexists(directory / "disk")
+        return of_nothing_known(image_id, directory) if there else None
     return BaseImage(image_id=image_id, location=FileLocation(path=directory / "disk"), record=record)
 
 

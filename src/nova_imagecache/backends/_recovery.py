@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import stat
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _entries, _fs, _qcow2
 from nova_imagecache.backends import RecoveryReport
 from nova_imagecache.backends._disks import FileDisks
-from nova_imagecache.backends._references import UNFINISHED, finish, is_unfinished, leads_to, made_at, refers_to
-from nova_imagecache.backends._ties import is_foreign
+from nova_imagecache.backends._references import finish, finished, is_unfinished, leads_to, made_at, refers_to
+from nova_imagecache.backends._seen import is_foreign
+from nova_imagecache.backends._ties import sides
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,8 +60,8 @@ class RecoverableDisks(FileDisks):
         return []
 
     def _sweep_references(self, failed: dict[str, str]) -> list[str]:
-        """Finish the references of disks whose maker died when they had their names; take away what an attach that died
-        left: a path reference under a name that its disk no longer has.
+        """Finish the references of disks whose maker died when they had their names, or end those of disks that are not
+        there; take away what an attach that died left: a path reference under a name that its disk has not now.
 
         Those that cannot be read or removed stop no others; ``failed`` is told.
         """
@@ -67,21 +69,69 @@ class RecoverableDisks(FileDisks):
         users = self.paths.root / "users"
         for image_id in _entries.names(users):
             try:
-                failed |= _finish(users / image_id)
-                for path in _superseded(users / image_id):
-                    _fs.unlink(path)
-                    gone.append(f"users/{image_id}/{path.name}")
+                ended = [*self._end_unfinished(users / image_id, failed), *self._end_superseded(users / image_id)]
+                gone += [f"users/{image_id}/{path.name}" for path in ended]
             except OSError as err:
                 failed[f"users/{image_id}"] = str(err)
         return gone
+
+    def _end_unfinished(self, users: Path, failed: dict[str, str]) -> Iterator[Path]:
+        """Give an image's unfinished references their names whose disks have theirs; end the others, whose makers or
+        removers are dead: those are told. One that cannot be looked at stops no other."""
+        for path in map(users.joinpath, _entries.names(users)):
+            try:
+                ended = is_unfinished(path) and self._ends(path)
+            except OSError as err:
+                failed[f"users/{users.name}/{path.name}"] = str(err)
+            else:
+                if ended:
+                    yield path
+
+    def _ends(self, path: Path) -> bool:
+        """Finish an unfinished reference, or end it; whether it is ended."""
+        disk, own = refers_to(path), made_at(path)
+        if disk is None or own is None:
+            return False
+        with self._held_place(disk.parent) as held:
+            if held and leads_to(path, own):
+                finish(finished(path), own)
+            elif held and made_at(path) == own:
+                record = self._load(disk.parent, disk.name)  # of a disk that is gone: its directory's sweep kept it
+                return (record is None or record.made_at != own) and self._end_reference(path, own, None)
+        return False
+
+    @contextmanager
+    def _held_place(self, directory: Path) -> Iterator[bool]:
+        """Hold a directory of disks while the block runs; one of ours that is not there as well, so that nobody makes
+        it meanwhile. Whether it is held: nobody is waited for."""
+        made = directory.parent == self.paths.disks_dir and directory.parent.is_dir() and not os.path.lexists(directory)
+        if made:
+            with suppress(FileExistsError):
+                _fs.mkdir(directory, 0o755)
+        held = _entries.hold(directory, wait=False, follow=True)
+        try:
+            yield held is not None
+        finally:
+            if held is not None:
+                if made:
+                    _fs.rmdir(directory)
+                held.release()
+
+    def _end_superseded(self, users: Path) -> Iterator[Path]:
+        for own, path in _superseded(users):
+            if self._end_reference(path, own, None):
+                yield path
 
     def _sweep_disk(self, disk_id: str) -> list[str]:
         """Remove what dead makers left in a disk id's directory; the directory is held."""
         directory = self._directory(disk_id)
         names = set(_entries.names(directory))
         gone = []
-        for name in sorted(names):
+        # what is hidden goes last: by it we know that there is something to settle
+        for name in sorted(names, key=lambda name: (name.startswith("."), name)):
             if name.startswith(".") and _is_making(directory / name):
+                if self._is_attaching(directory, name[1:].rpartition(".")[0]):
+                    continue
                 _fs.rmtree(directory / name)
             elif name.endswith(".base") and name.removesuffix(".base") not in names:
                 if not self._sweep_link(directory, disk_id, name.removesuffix(".base")):
@@ -113,14 +163,20 @@ class RecoverableDisks(FileDisks):
             self._forget(directory, disk_id, name)
         return True
 
+    def _is_attaching(self, directory: Path, name: str) -> bool:
+        """Whether an attach that died could not be settled: the guest may run."""
+        record = self._load(directory, name)
+        return record is not None and record.attaching is not None and os.path.lexists(directory / name)
+
     def _is_needed(self, disk_id: str, name: str, record: DiskRecord | None) -> bool:
         """Whether what is left of a disk is a snapshot's, or that of one which was moved, and the caller's to end."""
-        moved = record is not None and self._path_reference(record, disk_id, name) is not None
+        moved = any(self._path_reference(side, disk_id, name) is not None for side in sides(record))
         return moved or self._reader(disk_id, name, record) is not None
 
     def _settle(self, directory: Path, disk_id: str, name: str) -> list[str]:
-        """Take away the reference of a disk that stands alone by now: a flatten that died, a blockPull of libvirt."""
-        record = self._load(directory, name)
+        """Settle an attach that died; take away the reference of a disk that stands alone by now: a flatten that died,
+        a blockPull of libvirt."""
+        record = self._settled(disk_id, name)
         if record is None or record.format != "qcow2":
             return []
         link = directory / f"{name}.base"
@@ -136,8 +192,8 @@ class RecoverableDisks(FileDisks):
         return [link.name]
 
 
-def _superseded(users: Path) -> Iterator[Path]:
-    """An image's path references to disks that another of its references leads to."""
+def _superseded(users: Path) -> Iterator[tuple[float, Path]]:
+    """An image's path references to disks that another of its references leads to, and when those were made."""
     written: dict[float, list[Path]] = {}
     names = _entries.names(users)
     for name in names if len(names) > 1 else ():
@@ -146,26 +202,7 @@ def _superseded(users: Path) -> Iterator[Path]:
     for own, paths in written.items():
         # what was set aside sorts behind
         there = {refers_to(path): path for path in reversed(paths) if leads_to(path, own)}
-        yield from (path for path in paths if there and path not in there.values())
-
-
-def _finish(users: Path) -> dict[str, str]:
-    """Give an image's unfinished references their names whose disks have theirs, and whose makers are dead: those that
-    cannot be, and why."""
-    failed: dict[str, str] = {}
-    for path in map(users.joinpath, _entries.names(users)):
-        held = None
-        try:
-            disk = refers_to(path) if is_unfinished(path) else None
-            held = None if disk is None else _entries.hold(disk.parent, wait=False, follow=True)
-            if held is not None and (own := made_at(path)) is not None and leads_to(path, own):
-                finish(path.with_name(path.name.removesuffix(UNFINISHED) + ".json"), own)
-        except OSError as err:  # one directory that cannot be read stops no other's
-            failed[f"users/{users.name}/{path.name}"] = str(err)
-        finally:
-            if held is not None:
-                held.release()
-    return failed
+        yield from ((own, path) for path in paths if there and path not in there.values())
 
 
 def _may_hold_litter(directory: str) -> bool:

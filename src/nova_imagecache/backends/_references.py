@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from nova_imagecache import _entries, _fs, _records
@@ -26,6 +27,11 @@ def unfinished(written: Path) -> Path:
     """How a reference is called while its disk is made or removed: what a death leaves is told from a disk that
     was moved away."""
     return written.with_name(f"{written.stem}{UNFINISHED}")
+
+
+def finished(written: Path) -> Path:
+    """How an unfinished reference is called in the end."""
+    return written.with_name(written.name.removesuffix(UNFINISHED) + ".json")
 
 
 def is_unfinished(written: Path) -> bool:
@@ -53,25 +59,37 @@ def made_at(written: Path) -> float | None:
 def set_aside(written: Path, own: float) -> None:
     """Keep the path reference of an earlier disk of this name: its directory may have moved, and come back."""
     if (found := made_at(written)) is not None and found != own:
-        _fs.rename(written, written.with_name(f"{written.stem}~{_fs.random_suffix()}.json"))
+        _fs.rename(written, aside(written))
 
 
-def take_back(written: Path, own: float) -> None:
-    """The disk that ``written`` refers to may have been written down under another name: once is enough.
-
-    A disk that is just being made was not, and nothing is read.
-    """
-    path = refers_to(written)
-    for other in others(written.parent, own, path) if path is not None and os.path.lexists(path) else ():
-        if other != written:
-            _fs.unlink(other)
+def aside(written: Path) -> Path:
+    """Another name for the path reference of an earlier disk of the same name."""
+    return written.with_name(f"{written.stem}~{_fs.random_suffix()}.json")
 
 
-def others(users: Path, own: float, path: Path) -> list[Path]:
-    """An image's path references to the disk that was made then and is at ``path`` now, whatever it was called. Reads
-    all. One that leads to a disk is of that one: a copy."""
+def of_moment(users: Path, own: float) -> list[Path]:
+    """An image's path references to disks that were made then. Reads all."""
     written = [users / name for name in _entries.names(users)]
-    return [one for one in written if made_at(one) == own and (refers_to(one) == path or not leads_to(one, own))]
+    return [one for one in written if made_at(one) == own]
+
+
+def others(users: Path, own: float, disk: Path) -> list[Path]:
+    """An image's path references to the disk that was made then and is at ``disk`` now, whatever it was called."""
+    return [one for one in of_moment(users, own) if is_of(one, own, disk)]
+
+
+def is_of(written: Path, own: float, disk: Path) -> bool:
+    """Whether a path reference is of the disk made then that is at ``disk``. One that leads to another disk is of that
+    one: a copy, or the original."""
+    if made_at(written) != own:
+        return False
+    path = refers_to(written)
+    if path is None or path == disk:
+        return True
+    with suppress(OSError):  # one of them is not there
+        if path.samefile(disk):
+            return True
+    return not leads_to(written, own)
 
 
 def leads_to(written: Path, own: float) -> bool:
@@ -80,8 +98,10 @@ def leads_to(written: Path, own: float) -> bool:
         return False
     try:
         record = _records.load_disk(path.with_name(f"{path.name}.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError, _records.RecordError):
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except _records.RecordError:  # damaged, or of a newer version: the disk may be that one
+        return os.path.lexists(path)
     except OSError:  # not to be seen: it may be there
         return True
     return record.made_at == own and os.path.lexists(path)

@@ -20,8 +20,16 @@ from nova_imagecache.backends import (
 )
 from nova_imagecache.backends._checks import check_files
 from nova_imagecache.backends._recovery import RecoverableDisks
-from nova_imagecache.backends._references import host_record, made_at, refers_to, set_aside, take_back, unfinished
+from nova_imagecache.backends._references import (
+    host_record,
+    made_at,
+    others,
+    refers_to,
+    set_aside,
+    unfinished,
+)
 from nova_imagecache.backends._templates import Templates
+from nova_imagecache.backends._ties import is_same
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,20 +74,30 @@ class Qcow2Backend(RecoverableDisks):
         return "path" if self.options.reference == "path" else "link"
 
     def _refer(self, base: BaseImage, disk_id: str, name: str, link: Path, made_at: float) -> Reference:
-        if self.options.reference != "path":
-            try:
-                _fs.link(self.base_path(base.image_id), link)
-            except FileNotFoundError:
-                raise BaseNotFoundError(image_id=base.image_id, stage="reference") from None
-            except OSError as err:
-                if err.errno not in _NO_LINK or self.options.reference == "link":
-                    raise
-                self._say(err.errno, base.image_id)
-            else:
-                return "link"
+        if self._link(base, link):
+            return "link"
         # the record of the disk before what only it explains
         self._sync(self._directory(disk_id) / f"{name}.json")
         _fs.fsync_dir(self._directory(disk_id))
+        self._refer_by_path(base, disk_id, name, made_at)
+        return "path"
+
+    def _link(self, base: BaseImage, link: Path) -> bool:
+        """Whether the base has this link now; False: its path must serve."""
+        if self.options.reference == "path":
+            return False
+        try:
+            _fs.link(self.base_path(base.image_id), link)
+        except FileNotFoundError:
+            raise BaseNotFoundError(image_id=base.image_id, stage="reference") from None
+        except OSError as err:
+            if err.errno not in _NO_LINK or self.options.reference == "link":
+                raise
+            self._say(err.errno, base.image_id)
+            return False
+        return True
+
+    def _refer_by_path(self, base: BaseImage, disk_id: str, name: str, made_at: float) -> None:
         disk = self._directory(disk_id) / name
         written = self.user_record(base.image_id, disk_id, name)
         data = host_record(disk_id, name, disk, made_at)
@@ -90,12 +108,15 @@ class Qcow2Backend(RecoverableDisks):
                 if there:
                     set_aside(written, made_at)
                     _entries.replace_file(written, data, 0o644, staging=self.staging)
-                    take_back(written, made_at)
+                    for other in others(written.parent, made_at, disk):  # it was called otherwise: once is enough
+                        if other != written:
+                            self._end_reference(other, made_at, disk)
                 else:
+                    self._clear_unfinished(written, made_at)
                     _entries.replace_file(unfinished(written), data, 0o644, staging=self.staging)
             except FileNotFoundError:  # the last other user of this image left and took the directory along
                 continue
-            return "path"
+            return
         raise BackendError("the path reference cannot be written", image_id=base.image_id, disk_id=disk_id)
 
     def _say(self, code: int, image_id: str) -> None:
@@ -149,21 +170,16 @@ class Qcow2Backend(RecoverableDisks):
             return replace(disk, reference="none")
 
     def attach_root_disk(self, base: BaseImage, disk_id: str, name: str) -> RootDisk:
-        with self._changing(disk_id, name) as (disk, record):
-            self._same_bytes(base, record, disk_id, name)
-            if record.reference == "none":  # it stands alone: nothing to tie
+        with self._changing(disk_id, name) as (disk, found):
+            self._same_bytes(base, found, disk_id, name)
+            if found.reference == "none":  # it stands alone: nothing to tie
                 return disk
+            by_path = "path" in (found.reference, self.options.reference)
+            record = self._told_apart(disk_id, name, found) if by_path else found
             if self._is_tied(base, disk_id, name, record):
                 self._still_there(base)
                 return disk
-            reference = self._tie(base, disk_id, name, record.made_at)
-            path = self._directory(disk_id) / name
-            backing = self._backing(base, name, reference)
-            if self._named(path) != backing or record.base_format != base.format:
-                _qemu.set_backing(path, backing, base.format)
-                self._sync(path)
-            self._note_attached(base, disk_id, name, record, reference)
-            return replace(disk, reference=reference)
+            return replace(disk, image_id=base.image_id, reference=self._attach(base, disk_id, name, record))
 
     def _is_tied(self, base: BaseImage, disk_id: str, name: str, record: DiskRecord) -> bool:
         """Whether a path reference, the record and the header of this disk all lead to this base already."""
@@ -173,50 +189,59 @@ class Qcow2Backend(RecoverableDisks):
         if made_at(written) != record.made_at or refers_to(written) != disk:
             return False
         try:
-            named = self._named(disk)
+            named = _named(disk)
         except PermissionError:  # its guest runs, and has it as it was
             return True
-        return named == str(self.base_path(base.image_id))
+        return named == (str(self.base_path(base.image_id)), base.format)
 
-    def _tie(self, base: BaseImage, disk_id: str, name: str, made_at: float) -> Reference:
-        """A reference to ``base`` in place of the one the disk has. The old link may be the last name of the disk's
-        bytes: it goes only when the new one is there and the base as well."""
-        link = self._directory(disk_id) / f"{name}.base"
-        if self._linked(base, link):
-            return "link"
-        making = self._directory(disk_id) / f".{name}.{_fs.random_suffix()}"
+    def _attach(self, base: BaseImage, disk_id: str, name: str, record: DiskRecord) -> Reference:
+        """Tie the disk to ``base`` in steps after each of which it reads as before or as attached, and its bytes have a
+        name. A header changes file and format at once, a new link the file alone: so between bases of two formats the
+        disk goes by way of the path.
+        """
+        directory = self._directory(disk_id)
+        disk, link = directory / name, directory / f"{name}.base"
+        anew = _named(disk)[1] != base.format
+        shared = record.reference == "path" and self._reader(disk_id, name, record) is not None
+        if shared and record.image_id != base.image_id:
+            self._refuse_readers(disk_id, name, record)
+        making = directory / f".{name}.{_fs.random_suffix()}"
         _fs.mkdir(making, 0o711)
+        attaching = replace(record, attaching=base.image_id)
         try:
-            reference = self._refer(base, disk_id, name, making / link.name, made_at)
+            # what a snapshot beside it reads through stays as it is
+            linked = not shared and self._linked(base, link)
+            by_link = not shared and (linked or self._link(base, making / link.name))
+            by_path = anew or not by_link
+            if anew and by_link and not linked:  # their headers name the format that the link has now
+                self._refuse_readers(disk_id, name, record)
+            if by_path or (record.reference, record.image_id) != ("link", base.image_id):
+                # first of all: from it, whoever cleans up after us knows where our references are
+                self._rewrite(disk_id, name, attaching)
+            if by_path:
+                self._refer_by_path(base, disk_id, name, record.made_at)
             self.touch_base(base)
             self._still_there(base)
-            if reference == "link":
+            if by_path:
+                self._name_backing(disk, str(self.base_path(base.image_id)), base.format)
+            if by_link and not linked:
                 _fs.rename(making / link.name, link)
-                _fs.fsync_dir(link.parent)
+                _fs.fsync_dir(directory)
+            if by_link:
+                self._name_backing(disk, link.name, base.format)
         finally:
-            _fs.rmtree(making)
-        return reference
+            if self._settle_attach(disk_id, name, attaching).attaching is None:
+                _fs.rmtree(making)
+        return "link" if by_link else "path"
 
-    def _note_attached(
-        self, base: BaseImage, disk_id: str, name: str, record: DiskRecord, reference: Reference
-    ) -> None:
-        changed = replace(record, reference=reference, base_format=base.format, image_id=base.image_id)
-        if changed != record:
-            self._rewrite(disk_id, name, changed)
-        if reference == "link" or record.image_id != base.image_id:
-            self._drop_path_reference(record, disk_id, name)
-        if reference == "path":
-            _fs.unlink(self._directory(disk_id) / f"{name}.base")
+    def _name_backing(self, disk: Path, backing: str, backing_format: str) -> None:
+        """The disk's header names this file, durably: one write of qemu-img, and what changes is in one page."""
+        if _named(disk) != (backing, backing_format):
+            _qemu.set_backing(disk, backing, backing_format)
+            self._sync(disk)
 
     def _linked(self, base: BaseImage, link: Path) -> bool:
-        try:
-            return self.options.reference != "path" and link.samefile(self.base_path(base.image_id))
-        except FileNotFoundError:
-            return False
-
-    def _named(self, path: Path) -> str:
-        with path.open("rb", buffering=0) as file:
-            return _qcow2.read_backing_name(file)
+        return self.options.reference != "path" and is_same(link, self.base_path(base.image_id))
 
     def _sync(self, path: Path) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -224,3 +249,11 @@ class Qcow2Backend(RecoverableDisks):
             _fs.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _named(disk: Path) -> tuple[str, str]:
+    """The file that the disk's header names as its backing file, and that one's format."""
+    with disk.open("rb", buffering=0) as file:
+        name = _qcow2.read_backing_name(file)
+        file.seek(0)
+        return name, _qcow2.read_backing_format(file)

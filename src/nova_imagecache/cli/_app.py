@@ -240,14 +240,17 @@ def _option_parser(*, with_help: bool = False) -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     parser.add_argument("--config", metavar="FILE", help=f"the configuration, TOML (default: {default_config_path()})")
     parser.add_argument(
-        "--libvirt", metavar="URI", help="ask this libvirt for users of bases as well, such as qemu:///system"
+        "--libvirt",
+        metavar="URI",
+        help="ask this libvirt for users of bases as well, besides the configuration's libvirt_uri",
     )
     parser.add_argument(
         "--disks",
         metavar="DIR",
         action="append",
         default=[],
-        help="look for users of bases in this directory as well; may be given again (default: disks_dir alone)",
+        help="look for users of bases in this directory as well, besides disks_dir and the configuration's disk_dirs; "
+        "may be given again",
     )
     talk = parser.add_mutually_exclusive_group()
     talk.add_argument(

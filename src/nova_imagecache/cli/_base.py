@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,13 +19,12 @@ from cliff.show import ShowOne
 
 from nova_imagecache import ImageCache, ImageCacheError, InvalidRequestError
 from nova_imagecache.cli._cells import Duration, Number, Size, UserCount, plain
-from nova_imagecache.finders import DiskDirectories
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from nova_imagecache import CacheConfig, Event, UserFinder
+    from nova_imagecache import Event, UserFinder
     from nova_imagecache.cli._app import CacheApp
 
 Row = dict[str, Any]
@@ -109,27 +109,22 @@ class CacheCommand(Command):
         return self._epilog or ""
 
     def open_cache(self, *, on_event: Callable[[Event], None] | None = None) -> ImageCache:
-        """The cache of the configuration, to be used as a context manager."""
-        config = self.app.config()
-        return ImageCache.from_config(config, user_finders=self._finders(config), on_event=on_event)
-
-    def _finders(self, config: CacheConfig) -> list[UserFinder]:
-        """Who knows users of bases besides the storage: disk directories, and libvirt where it is asked for."""
-        options = self.app.options
-        found: list[UserFinder] = []
-        chains = None
-        if options.libvirt:
+        """The cache of the configuration, to be used as a context manager. Options add to whom it asks for users."""
+        config, options = self.app.config(), self.app.options
+        more: list[UserFinder] = []
+        uri = config.libvirt_uri or options.libvirt or None
+        if uri is not None:
             from nova_imagecache.domains import LibvirtDomains, log_libvirt_errors
 
             log_libvirt_errors()
-            domains = LibvirtDomains(options.libvirt)
-            chains = domains.chains
-            found.append(domains)
-        directories = [Path(directory).absolute() for directory in options.disks]
+            if options.libvirt and options.libvirt != uri:
+                more.append(LibvirtDomains(options.libvirt))
+        directories = [*config.disk_dirs, *(Path(directory).absolute() for directory in options.disks)]
         # what was named must be there; on a new host this one may not be yet, and then no disks are
         if config.disks_dir is not None and config.disks_dir.is_dir():
             directories.append(config.disks_dir)
-        return [*found, DiskDirectories(dict.fromkeys(directories), chains=chains)]
+        config = replace(config, libvirt_uri=uri, disk_dirs=tuple(directories))
+        return ImageCache.from_config(config, user_finders=more, on_event=on_event)
 
     def run(self, parsed_args: argparse.Namespace) -> int:
         """The exit code: 0, what the command noted in ``exit_code``, or the error's."""

@@ -106,7 +106,8 @@ class Show(FactsCommand):
 class Verify(RowsCommand):
     """Read bases again and compare them with what was published.
 
-    The exit code is 1 where one is damaged; a damaged base is taken out of use.
+    The exit code is 1 where one is damaged; a damaged base is taken out of use. What stands in a base's place and
+    cannot be read as one is told of where its image is given; ``check`` tells of all such.
     """
 
     columns = ("image_id", "result", "error_type", "error")
@@ -163,7 +164,10 @@ def _verdict(error: ImageCacheError | None) -> str:
 
 
 class Remove(FactsCommand):
-    """Remove a base that nobody uses and nobody has pinned."""
+    """Remove a base that nobody uses and nobody has pinned.
+
+    What stands in a base's place and cannot be read as one is removed in the same way.
+    """
 
     columns = ("image_id", "removed")
 

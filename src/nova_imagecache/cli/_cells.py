@@ -41,7 +41,11 @@ def iso(when: float | None) -> str | None:
     """POSIX seconds as ISO 8601 in UTC, whole seconds, None as None."""
     if when is None:
         return None
-    return datetime.fromtimestamp(when, UTC).replace(microsecond=0, tzinfo=None).isoformat() + "Z"
+    try:
+        shown = datetime.fromtimestamp(when, UTC)
+    except (OverflowError, ValueError, OSError):  # in no calendar: somebody wrote milliseconds
+        return f"{when:g}"
+    return shown.replace(microsecond=0, tzinfo=None).isoformat() + "Z"
 
 
 def one_line(text: object) -> str:

@@ -164,7 +164,7 @@ class Recover(RowsCommand):
 
 
 class Check(RowsCommand):
-    """Look at the cache's surroundings: tools, storage, permissions.
+    """Look at the cache's surroundings: tools, storage, permissions, who knows users.
 
     The exit code is 1 where there is a problem.
     """

@@ -66,7 +66,8 @@ class ImageSource(Protocol):
         """The image's bytes from ``offset`` to its end, in order, in chunks of any size above 0.
 
         A source that cannot start in the middle reads from the start and drops what comes before ``offset``. Time-outs
-        are on progress (no byte for a while), never on the whole. Leaving the context closes the connection.
+        are on progress (no byte for a while), never on the whole. Leaving the context closes the file or connection,
+        wherever the reader was.
 
         Raises, on entering and while iterating:
             ImageNotFoundError, ImageNotActiveError, SourceForbiddenError: as the image's state is now.

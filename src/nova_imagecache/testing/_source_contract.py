@@ -6,8 +6,7 @@ import hashlib
 import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import pytest
 
@@ -15,8 +14,16 @@ from nova_imagecache._models import Digest, ImageInfo
 from nova_imagecache.exceptions import ImageNotActiveError, ImageNotFoundError
 from nova_imagecache.sources import ImageSource
 from nova_imagecache.testing._promises import CONTRACT_VERSION, chapter, promise, refused, same
+from nova_imagecache.testing._source_traces import WAYS, WORDS, below, changed, descriptors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 GIB = 2**30
+ROUNDS = 8
+"""How often something is done to see whether each time leaves something behind."""
+
 ODD_IDS = ("../up", "a/b", "..", "", ".hidden", "a\0b", "%2e%2e%2fup", "a?b=c", "/etc/passwd")
 MISSING = "00000000-0000-4000-8000-00000000dead"
 
@@ -57,8 +64,16 @@ class SourceContract:
     contract_version: ClassVar[int] = CONTRACT_VERSION
 
     def make_harness(self, tmp_path: Path) -> SourceHarness:
-        """A harness with a source of its own; called once for each test, with an empty directory."""
+        """A harness with a source of its own; called at least once for each test, each time with an empty directory."""
         raise NotImplementedError("a subclass of SourceContract returns its harness from make_harness(tmp_path)")
+
+    def kept(self, harness: SourceHarness, tmp_path: Path) -> dict[str, object]:  # noqa: ARG002 - for who overrides it
+        """What the source reads from, by name, in such a way that every change shows.
+
+        The default: all that is below the directory that ``make_harness`` was given. Where that is nothing, the test
+        that a source never writes is skipped.
+        """
+        return below(tmp_path) if any(tmp_path.iterdir()) else {}
 
     @pytest.fixture
     def harness(self, tmp_path: Path) -> SourceHarness:
@@ -205,6 +220,61 @@ class SourceContract:
         with ThreadPoolExecutor(len(ids)) as pool:
             results = list(pool.map(fetch, ids))
         promise(results == [DATA, OTHER] * 4, "each of many threads gets the image that it asked for")
+
+    @pytest.mark.parametrize("way", ["get", "whole", "early", "unread", "gone"])
+    def test_streams_are_closed(self, harness: SourceHarness, way: str) -> None:
+        """Leaving a stream closes what was opened for it, also where it was not read to its end, or refused.
+
+        Connections that are kept for the next request, and used for it, are none of those.
+        """
+        held: list[object] = []
+        image = harness.source.get(harness.add_image(DATA))
+        if way == "gone":
+            harness.remove_image(image.image_id)
+        WAYS[way](harness.source, image, held)
+        before = descriptors()
+        for _ in range(ROUNDS):
+            WAYS[way](harness.source, image, held)
+        after = descriptors()
+        left = sorted(after[number] for number in after.keys() - before.keys())
+        words = f"{WORDS[way]}: {len(left)} more descriptors are open after {ROUNDS} times: {', '.join(left)}"
+        promise(len(after) - len(before) <= ROUNDS // 2, words)
+
+    def test_never_writes(self, harness: SourceHarness, tmp_path: Path) -> None:
+        """A source reads, and changes nothing of what it reads from."""
+        image_id, gone = harness.add_image(DATA), harness.add_image(OTHER)
+        image, missing = harness.source.get(image_id), harness.source.get(gone)
+        harness.remove_image(gone)
+        before = self.kept(harness, tmp_path)
+        if not before:
+            pytest.skip("the images are not below the directory of make_harness: override `kept` to say where they are")
+        for way, subject in (*((way, image) for way in WAYS if way != "gone"), ("gone", missing)):
+            WAYS[way](harness.source, subject, [])
+            differs = changed(before, self.kept(harness, tmp_path))
+            promise(not differs, f"a source never writes, and `{way}` changed {', '.join(differs)}")
+
+    def test_constructor_writes_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Making a source leaves its surroundings as they are."""
+        directories = [tmp_path / name for name in ("one", "two")]
+        for directory in directories:
+            directory.mkdir()
+        if type(self).make_harness is SourceContract.make_harness:
+            pytest.skip("the harness does not come from make_harness: nothing shows what a constructor does")
+        cls = type(self.make_harness(directories[0]).source)
+        construct: Callable[..., None] = cls.__init__
+        differs: list[list[str]] = []
+
+        def watched(made: ImageSource, *args: Any, **kwargs: Any) -> None:
+            before = below(directories[1])
+            construct(made, *args, **kwargs)
+            differs.append(changed(before, below(directories[1])))
+
+        if construct is not object.__init__:
+            monkeypatch.setattr(cls, "__init__", watched)
+        _ = self.make_harness(directories[1]).source
+        if not differs:
+            pytest.skip(f"{cls.__name__} has no constructor that runs for each harness")
+        promise(not any(differs), f"the constructor writes nothing, and it changed {differs}")
 
 
 def read(source: ImageSource, image: ImageInfo, offset: int = 0) -> bytes:
