@@ -311,6 +311,20 @@ def test_making_and_removing_disks_reads_no_other_references(rig: Rig) -> None:
         assert {path.name: path.stat().st_atime_ns for path in users.iterdir()} == before
 
 
+def test_removing_a_linked_disk_reads_no_references(rig: Rig) -> None:
+    """Where some disks of an image are tied by its path, those that are linked to it do not pay for them."""
+    with rig.cache() as cache:
+        cache.create_root_disk("img", "vm", size=SIZE)
+    written = rig.root / "users" / "img" / "vm.disk.json"
+    with Rig(rig.dir, "link", rig.samples).cache() as cache:
+        cache.create_root_disk("img", "linked", size=SIZE)
+        written.chmod(0o644)
+        before = written.stat().st_atime_ns
+        cache.remove_root_disk("linked")
+    assert written.stat().st_atime_ns == before
+    assert _references(rig) == ["vm.disk.json"]
+
+
 # --- it outlives what did not end it
 
 
