@@ -369,14 +369,13 @@ class ImageCache:
         base = self._find(image_id)
         if base is None:
             raise self._engine.missing(image_id, BaseCorruptError)
+        file = _verify.file_of(base)
         with Watch(image_id, cancel=cancel) as watch:
             problem = _verify.damage(self._engine.backend, base, lambda: watch.check("verify"))
         if problem is None:
             return base
-        todo = None
         with self._engine.remover.wait_lock(image_id, lambda: watch.check("verify")):
-            if self._engine.quarantine(base):
-                todo = "It stays, since root disks read it, or may: stop and rebuild them, then remove it"
+            todo = self._engine.quarantine(base, file)
         self._engine.emit("damaged", image_id, problem=problem)
         raise BaseCorruptError(f"the base is damaged: {problem}", image_id=image_id, stage="verify", todo=todo)
 
