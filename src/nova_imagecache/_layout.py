@@ -48,6 +48,17 @@ _TAG = b"""Signature: 8a477f597d28d172789f06886806bc55
 _OURS = OWN_NAMES | {"disks", "lost+found"}
 
 
+class _Owner:
+    """A user by its id: ``name`` as people call it, ``run`` says how to be it."""
+
+    def __init__(self, uid: int) -> None:
+        try:
+            user = self.name = pwd.getpwuid(uid).pw_name
+        except KeyError:
+            self.name, user = f"uid {uid}", f"'#{uid}'"
+        self.run = f"Run this as {self.name}, who owns the root: `sudo -u {user} nova-imagecache ...`"
+
+
 class Root:
     """One cache root, prepared on first use. ``storage`` is the kind of storage that its backend keeps there.
 
@@ -64,10 +75,10 @@ class Root:
         # 0711: entered by those who know a name, listed by nobody
         self._mode = 0o750 if group is not None else 0o711
         self._group = group
-        self._ready = False
+        self._seen = self._ready = False
 
     def prepare(self) -> None:
-        """The root exists and is ours; checked once.
+        """The root exists and is ours to change; checked once.
 
         Raises:
             ConfigError: it is of a newer layout, of another storage, or a directory of something else.
@@ -76,13 +87,22 @@ class Root:
         """
         if self._ready:
             return
+        if self._is_guest():
+            raise self._not_ours()
+        self.look()
+        self._ready = True
+
+    def look(self) -> None:
+        """As ``prepare``, for what only looks: the superuser may, at another user's root, and makes nothing there."""
+        if self._seen:
+            return
         # others may be at it, in this process or another: making it twice is harmless, and waiting for a thread is not
         # (a child forked meanwhile would wait for ever)
         try:
             self._make()
         except OSError as err:
             raise self._refusal(err) from err
-        self._ready = True
+        self._seen = True
 
     def _refusal(self, err: OSError) -> ImageCacheError:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -93,25 +113,36 @@ class Root:
         if err.errno not in _WRONG_PLACE:
             return BackendError(text, stage=_OPENING)
         owner = self._other_owner() if err.errno in (errno.EACCES, errno.EPERM) else None
-        deed = "Give this user a directory it owns" if owner is None else f"Run this as {owner}, who owns the root"
+        deed = "Give this user a directory it owns" if owner is None else owner.run
         return ConfigError([f"root: {text}"], stage=_OPENING, todo=f"{deed}, or correct root in the configuration")
 
-    def _other_owner(self) -> str | None:
+    def _not_ours(self) -> ConfigError:
+        """What the superuser hears who would leave files that the root's owner can neither write nor remove."""
+        owner = self._other_owner()
+        whose = "another user" if owner is None else owner.name
+        problem = f"root: the cache root {self.path} belongs to {whose}, who could not use what root makes there"
+        return ConfigError([problem], stage=_OPENING, todo=None if owner is None else owner.run)
+
+    def _is_guest(self) -> bool:
+        """Whether we are the superuser, in a root that is another user's."""
+        return os.geteuid() == 0 and self._other_owner() is not None
+
+    def _other_owner(self) -> _Owner | None:
         """The user whose root it is, where that is not this one."""
         try:
             owner = self.path.stat().st_uid
         except OSError:  # it is not there, or behind a directory that is closed
             return None
-        if owner == os.geteuid():
-            return None
-        try:
-            return pwd.getpwuid(owner).pw_name
-        except KeyError:
-            return f"uid {owner}"
+        return None if owner == os.geteuid() else _Owner(owner)
 
     def _make(self) -> None:
-        _fs.make_dirs(self.path, self._mode)
         described = self.path / "cache.json"
+        if self._is_guest():
+            if not described.exists() or not self.staging.is_dir():
+                raise self._not_ours()
+            self._compare(described)
+            return
+        _fs.make_dirs(self.path, self._mode)
         if not described.exists():
             strangers = sorted(set(os.listdir(self.path)) - _OURS)  # noqa: PTH208 - names, not paths
             if strangers:
