@@ -500,7 +500,7 @@ class ImageCache:
     def recover(self) -> RecoveryReport:
         """Sweep what dead processes left behind. What a live one works on stays. Safe at any time."""
         self._engine.root.prepare()
-        report = _accounting.recover(self._engine.backend, self._engine.root)
+        report = _accounting.recover(self._engine.backend, self._engine.root, self._engine.clock())
         if report.removed or report.restored:
             self._engine.emit("recovered", None, removed=len(report.removed), restored=len(report.restored))
         return report

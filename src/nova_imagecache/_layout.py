@@ -207,14 +207,20 @@ class Root:
         directory = self._pins / pin.image_id
         data = json.dumps({"until": pin.until}).encode() + b"\n"
         for attempt in range(_ATTEMPTS):
+            held = None
             try:
                 _fs.make_dirs(directory, 0o755)
+                # whoever takes ended pins away holds it too: what he read as ended is not renewed before it goes
+                held = _entries.hold(directory, wait=True, follow=True)
                 _entries.replace_file(directory / f"{pin.owner}.json", data, 0o644, staging=self.staging)
             except FileNotFoundError:  # the last other pin of this image went and took the directory along
                 if attempt == _ATTEMPTS - 1:
                     raise
             else:
                 return
+            finally:
+                if held is not None:
+                    held.release()
 
     def unpin(self, image_id: str, owner: str) -> None:
         """Take the owner's pin away; one that is not there is fine."""
@@ -224,28 +230,66 @@ class Root:
 
     def pins(self, image_id: str, now: float) -> tuple[Pin, ...]:
         """The pins that hold at POSIX seconds ``now``. A pin that cannot be read holds: doubt keeps the base."""
+        try:
+            pins = self._read_pins(image_id)
+        except OSError:
+            return (Pin(image_id=image_id, owner="unreadable"),)
+        return tuple(pin for pin in pins if pin.until is None or pin.until > now)
+
+    def _read_pins(self, image_id: str) -> list[Pin]:
+        """All pins, ended or not; one that cannot be read has no end."""
         found = []
         directory = f"{self._pins}/{image_id}"
         try:
             names = sorted(os.listdir(directory))  # noqa: PTH208 - names, not paths
         except FileNotFoundError:
-            return ()
-        except OSError:
-            return (Pin(image_id=image_id, owner="unreadable"),)
+            return []
         for name in names:
             if not name.endswith(".json"):
                 continue
             try:
                 with open(f"{directory}/{name}", "rb") as file:  # noqa: PTH123 - thousands in a pass
                     until = json.loads(file.read())["until"]
+                end = float(until) if isinstance(until, int | float) else None
             except FileNotFoundError:  # unpinned meanwhile
                 continue
-            except (OSError, ValueError, TypeError, KeyError):
-                until = None
-            if not isinstance(until, int | float) or until > now:
-                end = float(until) if isinstance(until, int | float) else None
-                found.append(Pin(image_id=image_id, owner=name.removesuffix(".json"), until=end))
-        return tuple(found)
+            except (OSError, ValueError, TypeError, KeyError, OverflowError):
+                end = None
+            found.append(Pin(image_id=image_id, owner=name.removesuffix(".json"), until=end))
+        return found
+
+    def sweep_pins(self, now: float) -> tuple[list[str], dict[str, str]]:
+        """Take the pins away that are over at POSIX seconds ``now``: (names removed, failed with the reason).
+
+        One that is renewed meanwhile stays.
+        """
+        removed: list[str] = []
+        failed: dict[str, str] = {}
+        for image_id in sorted(self.pinned() or ()):
+            if not self._ended(image_id, now):
+                continue
+            held = None
+            try:
+                held = _entries.hold(self._pins / image_id, wait=False, follow=True)
+                for pin in self._ended(image_id, now) if held is not None else ():
+                    # not synced: one that a power cut brings back is over all the same
+                    _fs.unlink(self._pins / image_id / f"{pin.owner}.json")
+                    removed.append(f"{image_id}/{pin.owner}")
+                _fs.rmdir(self._pins / image_id)
+            except OSError as err:
+                _log.warning("pins of %s that are over cannot be removed: %s", image_id, err)
+                failed[image_id] = str(err)
+            finally:
+                if held is not None:
+                    held.release()
+        return removed, failed
+
+    def _ended(self, image_id: str, now: float) -> list[Pin]:
+        try:
+            pins = self._read_pins(image_id)
+        except OSError:  # they hold, as ``pins`` says
+            return []
+        return [pin for pin in pins if pin.until is not None and pin.until <= now]
 
     def pinned(self) -> frozenset[str] | None:
         """The image ids that have a pin, ended or not: one listing for a whole pass. None: it cannot be had, and

@@ -369,6 +369,21 @@ def test_a_pin_ends(rig: Rig) -> None:
     assert cache.cleanup().removed == ("a",)
 
 
+def test_a_pin_that_is_over_goes_with_a_pass(rig: Rig) -> None:
+    """Also that of an image that never came; told as what was swept."""
+    clock = Clock()
+    cache = open_cache(rig, clock)
+    for image_id in ("a", "never"):
+        cache.pin(image_id, "release", until=clock.now + DAY)
+    cache.pin("a", "me")
+    assert cache.cleanup().swept == ()
+    clock.move(2 * DAY)
+    assert cache.cleanup().swept == ("pins/a/release", "pins/never/release")
+    assert cache.recover().removed == ()
+    assert [pin.owner for pin in cache.pins("a")] == ["me"]
+    assert [path.name for path in (rig.root / "pins").iterdir()] == ["a"]
+
+
 @pytest.mark.parametrize("ago", [0.0, 10 * DAY])
 def test_a_pin_that_would_be_over_is_refused(ago: float, rig: Rig) -> None:
     """A wrong year must not take away the pin that the owner has."""
