@@ -367,7 +367,6 @@ class ImageCache:
             BackendError: the backend keeps no checksums, and its bytes are not the source's: nothing proves them.
         """
         _args.cancel(cancel)
-        self._engine.root.prepare()
         base = self._find(image_id)
         if base is None:
             raise self._engine.missing(image_id, BaseCorruptError)
@@ -376,9 +375,14 @@ class ImageCache:
             problem = _verify.damage(self._engine.backend, base, lambda: watch.check("verify"))
         if problem is None:
             return base
-        with self._engine.remover.wait_lock(image_id, lambda: watch.check("verify")):
-            todo = self._engine.quarantine(base, file)
-        self._engine.emit("damaged", image_id, problem=problem)
+        try:
+            self._engine.root.prepare()
+        except ConfigError as err:  # we may look, and no more
+            todo: str | None = f"It stays in its place. {err.todo}"
+        else:
+            with self._engine.remover.wait_lock(image_id, lambda: watch.check("verify")):
+                todo = self._engine.quarantine(base, file)
+            self._engine.emit("damaged", image_id, problem=problem)
         raise BaseCorruptError(f"the base is damaged: {problem}", image_id=image_id, stage="verify", todo=todo)
 
     def repair_base(self, image_id: str, *, cancel: threading.Event | None = None) -> bool:

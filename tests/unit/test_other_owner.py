@@ -12,7 +12,7 @@ import pytest
 from conftest import InChild
 from harness.images import raw
 from harness.rig import Rig
-from nova_imagecache import ConfigError, ImageCache
+from nova_imagecache import BaseCorruptError, ConfigError, ImageCache
 
 NOBODY = pwd.getpwnam("nobody")
 RUN = "Run this as nobody, who owns the root: `sudo -u nobody nova-imagecache ...`"
@@ -46,7 +46,6 @@ CHANGES: dict[str, Callable[[ImageCache], object]] = {
     "resize": lambda cache: cache.resize_root_disk("vm", size=2**30),
     "flatten": lambda cache: cache.flatten_root_disk("vm"),
     "attach": lambda cache: cache.attach_root_disk("a", "vm"),
-    "verify": lambda cache: cache.verify_base("a"),
     "repair": lambda cache: cache.repair_base("a"),
     "remove": lambda cache: cache.remove_base("a"),
     "pin": lambda cache: cache.pin("a", "me"),
@@ -59,6 +58,7 @@ LOOKS: dict[str, Callable[[ImageCache], object]] = {
     "list": lambda cache: [base.image_id for base in cache.bases()],
     "show": lambda cache: (cache.get_base("a").image_id, cache.users("a"), cache.pins("a"), cache.base_usage("a")),
     "usage": lambda cache: cache.usage().bases,
+    "verify": lambda cache: cache.verify_base("a").image_id,
     "reserved": lambda cache: cache.reserved_disk_mb(0),
     "plan": lambda cache: cache.plan_cleanup(max_idle=0),
     "disks": lambda cache: ([disk.disk_id for disk in cache.root_disks()], cache.get_root_disk("vm")),
@@ -82,6 +82,23 @@ def test_root_sees_what_the_owner_sees(look: Callable[[ImageCache], object], rig
         seen = look(cache)
     assert _roots(rig.dir) == []
     assert seen == in_child(lambda: look(rig.cache()), unprivileged=True)
+
+
+def test_root_finds_damage_and_moves_nothing(rig: Rig, in_child: InChild) -> None:
+    """It says who can take the base out of the way."""
+    with (rig.root / "bases" / "a" / "disk").open("r+b") as file:
+        file.write(b"damage")
+    with pytest.raises(BaseCorruptError) as caught, rig.cache() as cache:
+        cache.verify_base("a")
+    assert caught.value.todo == f"It stays in its place. {RUN}"
+    assert _roots(rig.dir) == []
+
+    def verify() -> str | None:
+        with pytest.raises(BaseCorruptError) as caught, rig.cache() as cache:
+            cache.verify_base("a")
+        return caught.value.todo
+
+    assert "in quarantine" in str(in_child(verify, unprivileged=True))
 
 
 def test_root_checks_for_the_owner(rig: Rig, in_child: InChild) -> None:
