@@ -136,16 +136,21 @@ def _finders(backend: GuardedBackend, finders: Sequence[_users.UserFinder]) -> I
         yield Fact(name=f"users by {finder.name}", value=str(finder), problem=problem)
 
 
-def recover(backend: GuardedBackend, root: Root) -> RecoveryReport:
-    """Sweep the core's scratch and let the backend sweep its own."""
+def recover(backend: GuardedBackend, root: Root, now: float) -> RecoveryReport:
+    """Sweep the core's scratch and the pins that are over, and let the backend sweep its own."""
     report = backend.recover()
     stuck: dict[str, str] = {}
     removed, alive = _entries.sweep(root.staging, stuck)
+    ended, unmoved = root.sweep_pins(now)
     return RecoveryReport(
-        removed=(*report.removed, *(f"staging/{name}" for name in removed)),
+        removed=(*report.removed, *(f"staging/{name}" for name in removed), *(f"pins/{name}" for name in ended)),
         restored=report.restored,
         alive=tuple(dict.fromkeys([*report.alive, *(f"staging/{name}" for name in alive)])),
-        failed={**report.failed, **{f"staging/{name}": reason for name, reason in stuck.items()}},
+        failed={
+            **report.failed,
+            **{f"staging/{name}": reason for name, reason in stuck.items()},
+            **{f"pins/{name}": reason for name, reason in unmoved.items()},
+        },
     )
 
 

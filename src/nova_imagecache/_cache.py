@@ -49,10 +49,11 @@ if TYPE_CHECKING:
 class ImageCache:
     """The image cache of one host, over one root.
 
-    Thread-safe; one per process is enough. Construction does no I/O; the root is made and checked on first use. Calls
-    that bring an image in take ``source`` (another source for this call: the user's token), ``expect`` (a Digest the
-    image must have, also on a hit), ``deadline`` (seconds from now), ``cancel`` (a threading.Event) and ``progress``
-    (called with a Progress ten times a second, from a thread of its own).
+    Thread-safe; one per process is enough. Construction does no I/O; the root is made and checked on first use: its
+    owner changes it, and the superuser may only look at another user's (``ConfigError``). Calls that bring an image in
+    take ``source`` (another source for this call: the user's token), ``expect`` (a Digest the image must have, also on
+    a hit), ``deadline`` (seconds from now), ``cancel`` (a threading.Event) and ``progress`` (called with a Progress ten
+    times a second, from a thread of its own).
 
     ``user_finders`` are asked for users of bases, and with them those that ``config`` names (``libvirt_uri``,
     ``disk_dirs``): none of either makes another needless.
@@ -232,7 +233,7 @@ class ImageCache:
 
     def root_disks(self) -> Iterator[RootDisk]:
         """Every root disk that this cache made and can still see, in any order."""
-        self._engine.root.prepare()
+        self._engine.root.look()
         yield from self._engine.backend.iter_root_disks()
 
     def remove_root_disk(self, disk_id: str, *, name: str = "disk") -> None:
@@ -309,7 +310,7 @@ class ImageCache:
 
     def bases(self) -> Iterator[BaseImage]:
         """Every base, in any order."""
-        self._engine.root.prepare()
+        self._engine.root.look()
         yield from self._engine.backend.iter_bases()
 
     def get_base(self, image_id: str) -> BaseImage:
@@ -325,7 +326,7 @@ class ImageCache:
 
     def _find(self, image_id: str) -> BaseImage | None:
         _args.image_id(image_id)
-        self._engine.root.prepare()
+        self._engine.root.look()
         return self._engine.backend.find_base(image_id)
 
     def users(self, image_id: str) -> list[DiskUser]:
@@ -343,7 +344,7 @@ class ImageCache:
     def pins(self, image_id: str) -> tuple[Pin, ...]:
         """The pins that hold the base now."""
         _args.image_id(image_id)
-        self._engine.root.prepare()
+        self._engine.root.look()
         return self._engine.root.pins(image_id, self._engine.clock())
 
     def base_usage(self, image_id: str) -> DiskUsage:
@@ -369,15 +370,19 @@ class ImageCache:
         base = self._find(image_id)
         if base is None:
             raise self._engine.missing(image_id, BaseCorruptError)
+        file = _verify.file_of(base)
         with Watch(image_id, cancel=cancel) as watch:
             problem = _verify.damage(self._engine.backend, base, lambda: watch.check("verify"))
         if problem is None:
             return base
-        todo = None
-        with self._engine.remover.wait_lock(image_id, lambda: watch.check("verify")):
-            if self._engine.quarantine(base):
-                todo = "It stays, since root disks read it, or may: stop and rebuild them, then remove it"
-        self._engine.emit("damaged", image_id, problem=problem)
+        try:
+            self._engine.root.prepare()
+        except ConfigError as err:  # we may look, and no more
+            todo: str | None = f"It stays in its place. {err.todo}"
+        else:
+            with self._engine.remover.wait_lock(image_id, lambda: watch.check("verify")):
+                todo = self._engine.quarantine(base, file)
+            self._engine.emit("damaged", image_id, problem=problem)
         raise BaseCorruptError(f"the base is damaged: {problem}", image_id=image_id, stage="verify", todo=todo)
 
     def repair_base(self, image_id: str, *, cancel: threading.Event | None = None) -> bool:
@@ -443,7 +448,7 @@ class ImageCache:
             InvalidRequestError: ``in_use`` is a single text or no iterable at all, or holds what is no image id.
         """
         kept = frozenset(_args.image_id(one) for one in _args.several(in_use, "in_use"))
-        self._engine.root.prepare()
+        self._engine.root.look()
         seconds = _args.seconds(self._engine.config.max_idle if max_idle is None else max_idle)
         return self._engine.passes.plan(max_idle=seconds, in_use=kept)
 
@@ -454,6 +459,7 @@ class ImageCache:
         dead processes left is swept as by ``recover``. With ``remove_unused`` off nothing is changed.
         """
         _args.plan(plan)
+        self._engine.root.prepare()
         plan = self.plan_cleanup() if plan is None else plan
         observe = not self._engine.config.remove_unused
         report = self._engine.passes.carry_out(plan, observe=observe)
@@ -471,7 +477,7 @@ class ImageCache:
 
     def usage(self) -> CacheUsage:
         """What the cache takes, in allocated bytes. A few stats a base."""
-        self._engine.root.prepare()
+        self._engine.root.look()
         return _accounting.usage(self._engine.backend, self._engine.remover, self._engine.paths)
 
     def reserved_disk_mb(self, static_mb: int) -> int:
@@ -483,7 +489,7 @@ class ImageCache:
             BackendError: the cache could not be counted whole; the last figure is better than a wrong one.
         """
         _args.static_mb(static_mb)
-        self._engine.root.prepare()
+        self._engine.root.look()
         return _accounting.reserved_disk_mb(self._engine.backend, self._engine.paths, static_mb)
 
     def check(self) -> CheckReport:
@@ -491,14 +497,14 @@ class ImageCache:
 
         Every finder is asked once, about all bases; one that cannot tell is a problem, since no base goes meanwhile.
         """
-        self._engine.root.prepare()
+        self._engine.root.look()
         engine = self._engine
         return _accounting.check(engine.backend, engine.source, engine.config, engine.finders)
 
     def recover(self) -> RecoveryReport:
         """Sweep what dead processes left behind. What a live one works on stays. Safe at any time."""
         self._engine.root.prepare()
-        report = _accounting.recover(self._engine.backend, self._engine.root)
+        report = _accounting.recover(self._engine.backend, self._engine.root, self._engine.clock())
         if report.removed or report.restored:
             self._engine.emit("recovered", None, removed=len(report.removed), restored=len(report.restored))
         return report

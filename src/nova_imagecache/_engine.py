@@ -46,6 +46,9 @@ ATTEMPTS = 3
 """How often a base may vanish between finding it and using it before the caller hears of it."""
 
 _CANNOT_BE_READ = "what stands in the base's place cannot be read"
+_READ = "It stays, since root disks read it, or may: stop and rebuild them, then remove it"
+_GONE = "It is gone already; the next ensure fetches a new one"
+_REPLACED = "Another has taken its place meanwhile: verify that one"
 _CHANGE_USAGE = frozenset({"published", "removed", "evicted", "damaged", "recovered", "repaired"})
 
 _log = logging.getLogger(__name__)
@@ -197,25 +200,35 @@ class Engine:
     def _inspect_again(self, base: BaseImage) -> None:
         if not isinstance(base.location, FileLocation):
             return
+        file = _verify.file_of(base)
         try:
             inspect_file(base.location.path, base.format, image_id=base.image_id)
         except ImageRejectedError:
-            self.quarantine(base)
+            self.quarantine(base, file)
             raise
         except FileNotFoundError:  # removed while we looked; whoever uses it finds out
             return
         self.backend.mark_inspected(base, INSPECTOR_VERSION)
 
-    def quarantine(self, base: BaseImage) -> bool:
-        """Take a base that must not be used out of the way, unless disks read it by name; whether they do or may."""
+    def quarantine(self, base: BaseImage, file: os.stat_result | None) -> str | None:
+        """Take a base that must not be used out of the way, unless disks read it by name, or may.
+
+        ``file`` is what ``file_of`` said of it before its bytes were read. What to do next where it is not done; None:
+        it is in quarantine.
+        """
         try:
             if _users.readers_by_name(self.backend, self.finders, [base]):
-                return True
+                return _READ
         except UsersUnknownError:
-            return True
-        if self.backend.find_base(base.image_id) == base:
-            self.backend.quarantine_base(base)
-        return False
+            return _READ
+        there = self.backend.find_base(base.image_id)
+        if there is None:
+            return _GONE
+        # its marks are not compared: others go on using it. A base that was re-owned has its record, in another file
+        if there.record != base.record or not _verify.is_file(there, file):
+            return _REPLACED
+        self.backend.quarantine_base(there)
+        return None
 
     def missing(
         self, image_id: str, unreadable: type[BaseNotFoundError | BaseCorruptError] = BaseNotFoundError

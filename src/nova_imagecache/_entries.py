@@ -11,6 +11,7 @@ import logging
 import os
 import stat
 import time
+import weakref
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -67,14 +68,31 @@ class Held:
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
         self._fd: int | None = fd
+        _HELD.add(self)
 
     def release(self) -> None:
         """End the hold; more than once is fine."""
         if self._fd is not None:
-            # closing alone would leave the hold to a child that was forked meanwhile
+            # closing alone would leave the hold to a child that is forked just now
             fcntl.flock(self._fd, fcntl.LOCK_UN)
+            self.leave()
+
+    def leave(self) -> None:
+        """Forget the hold without ending it: in a forked child it is the parent's, and must end with that."""
+        if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+_HELD: weakref.WeakSet[Held] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for each in list(_HELD):
+        each.leave()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def hold(path: Path, *, wait: bool, follow: bool = False) -> Held | None:
@@ -92,21 +110,22 @@ def hold(path: Path, *, wait: bool, follow: bool = False) -> Held | None:
             fd = os.open(path, flags)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        held = Held(path, fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(fd).st_nlink > 0:
-                return Held(path, fd)
+                return held
         except BlockingIOError:
-            os.close(fd)
+            held.leave()
             if not wait:
                 return None
             waiting = _Waiting(path) if waiting is None else waiting
             waiting.wait()
             continue
         except BaseException:
-            os.close(fd)
+            held.leave()
             raise
-        os.close(fd)  # removed while we looked: look again by name
+        held.leave()  # removed while we looked: look again by name
 
 
 class _Waiting:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nova_imagecache._guard import GuardedBackend
     from nova_imagecache._layout import Root
     from nova_imagecache._locks import Locks
-    from nova_imagecache._models import BaseRecord, CleanupItem
+    from nova_imagecache._models import BaseRecord, Capacity, CleanupItem
     from nova_imagecache._passes import Passes
 
 _NAME = "reserved"
@@ -89,12 +89,14 @@ class Keeper:
             refusal = attempt()
         if refusal is not None:
             stuck = _cleanup.immovable(self.passes.facts(), now=self.passes.now())
+            left_alone = _left_alone(self.backend.capacity(), image_id)
             raise NoSpaceError(
                 needed=needed,
                 free=refusal.free,
                 pinned=stuck.pinned,
                 in_use=stuck.in_use,
                 recent=stuck.recent,
+                left_alone=left_alone,
                 limit=refusal.limit,
                 image_id=image_id,
                 stage=stage,
@@ -193,8 +195,7 @@ class Keeper:
                     mine = written = min(placed, capacity.staging)
                 taken = 0
                 if self.policy.max_bytes is not None:
-                    # what stands in our own base's place goes to quarantine when it is published
-                    left = sum(size for name, size in capacity.left_alone.items() if name != image_id)
+                    left = _left_alone(capacity, image_id)
                     taken = self._taken(counted) + left + max(written + others, capacity.staging)
                 try:
                     _space.admit(
@@ -246,6 +247,11 @@ class Keeper:
                 promised[image_id] = promised.get(image_id, 0) + reserved
         others = sum(max(amount - written.get(image_id, 0), 0) for image_id, amount in promised.items())
         return written.get(own.name.rpartition(".")[0], 0), others, sum(written.values())
+
+
+def _left_alone(capacity: Capacity, image_id: str) -> int:
+    """What stands in the place of bases and is none; but for this image's, which goes when its base is published."""
+    return sum(size for name, size in capacity.left_alone.items() if name != image_id)
 
 
 def _reservation(entry: Path) -> int | None:

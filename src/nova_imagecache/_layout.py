@@ -48,6 +48,17 @@ _TAG = b"""Signature: 8a477f597d28d172789f06886806bc55
 _OURS = OWN_NAMES | {"disks", "lost+found"}
 
 
+class _Owner:
+    """A user by its id: ``name`` as people call it, ``run`` says how to be it."""
+
+    def __init__(self, uid: int) -> None:
+        try:
+            user = self.name = pwd.getpwuid(uid).pw_name
+        except KeyError:
+            self.name, user = f"uid {uid}", f"'#{uid}'"
+        self.run = f"Run this as {self.name}, who owns the root: `sudo -u {user} nova-imagecache ...`"
+
+
 class Root:
     """One cache root, prepared on first use. ``storage`` is the kind of storage that its backend keeps there.
 
@@ -64,10 +75,10 @@ class Root:
         # 0711: entered by those who know a name, listed by nobody
         self._mode = 0o750 if group is not None else 0o711
         self._group = group
-        self._ready = False
+        self._seen = self._ready = False
 
     def prepare(self) -> None:
-        """The root exists and is ours; checked once.
+        """The root exists and is ours to change; checked once.
 
         Raises:
             ConfigError: it is of a newer layout, of another storage, or a directory of something else.
@@ -76,13 +87,22 @@ class Root:
         """
         if self._ready:
             return
+        if self._is_guest():
+            raise self._not_ours()
+        self.look()
+        self._ready = True
+
+    def look(self) -> None:
+        """As ``prepare``, for what only looks: the superuser may, at another user's root, and makes nothing there."""
+        if self._seen:
+            return
         # others may be at it, in this process or another: making it twice is harmless, and waiting for a thread is not
         # (a child forked meanwhile would wait for ever)
         try:
             self._make()
         except OSError as err:
             raise self._refusal(err) from err
-        self._ready = True
+        self._seen = True
 
     def _refusal(self, err: OSError) -> ImageCacheError:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -93,25 +113,36 @@ class Root:
         if err.errno not in _WRONG_PLACE:
             return BackendError(text, stage=_OPENING)
         owner = self._other_owner() if err.errno in (errno.EACCES, errno.EPERM) else None
-        deed = "Give this user a directory it owns" if owner is None else f"Run this as {owner}, who owns the root"
+        deed = "Give this user a directory it owns" if owner is None else owner.run
         return ConfigError([f"root: {text}"], stage=_OPENING, todo=f"{deed}, or correct root in the configuration")
 
-    def _other_owner(self) -> str | None:
+    def _not_ours(self) -> ConfigError:
+        """What the superuser hears who would leave files that the root's owner can neither write nor remove."""
+        owner = self._other_owner()
+        whose = "another user" if owner is None else owner.name
+        problem = f"root: the cache root {self.path} belongs to {whose}, who could not use what root makes there"
+        return ConfigError([problem], stage=_OPENING, todo=None if owner is None else owner.run)
+
+    def _is_guest(self) -> bool:
+        """Whether we are the superuser, in a root that is another user's."""
+        return os.geteuid() == 0 and self._other_owner() is not None
+
+    def _other_owner(self) -> _Owner | None:
         """The user whose root it is, where that is not this one."""
         try:
             owner = self.path.stat().st_uid
         except OSError:  # it is not there, or behind a directory that is closed
             return None
-        if owner == os.geteuid():
-            return None
-        try:
-            return pwd.getpwuid(owner).pw_name
-        except KeyError:
-            return f"uid {owner}"
+        return None if owner == os.geteuid() else _Owner(owner)
 
     def _make(self) -> None:
-        _fs.make_dirs(self.path, self._mode)
         described = self.path / "cache.json"
+        if self._is_guest():
+            if not described.exists() or not self.staging.is_dir():
+                raise self._not_ours()
+            self._compare(described)
+            return
+        _fs.make_dirs(self.path, self._mode)
         if not described.exists():
             strangers = sorted(set(os.listdir(self.path)) - _OURS)  # noqa: PTH208 - names, not paths
             if strangers:
@@ -176,14 +207,20 @@ class Root:
         directory = self._pins / pin.image_id
         data = json.dumps({"until": pin.until}).encode() + b"\n"
         for attempt in range(_ATTEMPTS):
+            held = None
             try:
                 _fs.make_dirs(directory, 0o755)
+                # whoever takes ended pins away holds it too: what he read as ended is not renewed before it goes
+                held = _entries.hold(directory, wait=True, follow=True)
                 _entries.replace_file(directory / f"{pin.owner}.json", data, 0o644, staging=self.staging)
             except FileNotFoundError:  # the last other pin of this image went and took the directory along
                 if attempt == _ATTEMPTS - 1:
                     raise
             else:
                 return
+            finally:
+                if held is not None:
+                    held.release()
 
     def unpin(self, image_id: str, owner: str) -> None:
         """Take the owner's pin away; one that is not there is fine."""
@@ -193,28 +230,66 @@ class Root:
 
     def pins(self, image_id: str, now: float) -> tuple[Pin, ...]:
         """The pins that hold at POSIX seconds ``now``. A pin that cannot be read holds: doubt keeps the base."""
+        try:
+            pins = self._read_pins(image_id)
+        except OSError:
+            return (Pin(image_id=image_id, owner="unreadable"),)
+        return tuple(pin for pin in pins if pin.until is None or pin.until > now)
+
+    def _read_pins(self, image_id: str) -> list[Pin]:
+        """All pins, ended or not; one that cannot be read has no end."""
         found = []
         directory = f"{self._pins}/{image_id}"
         try:
             names = sorted(os.listdir(directory))  # noqa: PTH208 - names, not paths
         except FileNotFoundError:
-            return ()
-        except OSError:
-            return (Pin(image_id=image_id, owner="unreadable"),)
+            return []
         for name in names:
             if not name.endswith(".json"):
                 continue
             try:
                 with open(f"{directory}/{name}", "rb") as file:  # noqa: PTH123 - thousands in a pass
                     until = json.loads(file.read())["until"]
+                end = float(until) if isinstance(until, int | float) else None
             except FileNotFoundError:  # unpinned meanwhile
                 continue
-            except (OSError, ValueError, TypeError, KeyError):
-                until = None
-            if not isinstance(until, int | float) or until > now:
-                end = float(until) if isinstance(until, int | float) else None
-                found.append(Pin(image_id=image_id, owner=name.removesuffix(".json"), until=end))
-        return tuple(found)
+            except (OSError, ValueError, TypeError, KeyError, OverflowError):
+                end = None
+            found.append(Pin(image_id=image_id, owner=name.removesuffix(".json"), until=end))
+        return found
+
+    def sweep_pins(self, now: float) -> tuple[list[str], dict[str, str]]:
+        """Take the pins away that are over at POSIX seconds ``now``: (names removed, failed with the reason).
+
+        One that is renewed meanwhile stays.
+        """
+        removed: list[str] = []
+        failed: dict[str, str] = {}
+        for image_id in sorted(self.pinned() or ()):
+            if not self._ended(image_id, now):
+                continue
+            held = None
+            try:
+                held = _entries.hold(self._pins / image_id, wait=False, follow=True)
+                for pin in self._ended(image_id, now) if held is not None else ():
+                    # not synced: one that a power cut brings back is over all the same
+                    _fs.unlink(self._pins / image_id / f"{pin.owner}.json")
+                    removed.append(f"{image_id}/{pin.owner}")
+                _fs.rmdir(self._pins / image_id)
+            except OSError as err:
+                _log.warning("pins of %s that are over cannot be removed: %s", image_id, err)
+                failed[image_id] = str(err)
+            finally:
+                if held is not None:
+                    held.release()
+        return removed, failed
+
+    def _ended(self, image_id: str, now: float) -> list[Pin]:
+        try:
+            pins = self._read_pins(image_id)
+        except OSError:  # they hold, as ``pins`` says
+            return []
+        return [pin for pin in pins if pin.until is not None and pin.until <= now]
 
     def pinned(self) -> frozenset[str] | None:
         """The image ids that have a pin, ended or not: one listing for a whole pass. None: it cannot be had, and

@@ -212,17 +212,28 @@ class Passes:
                 except ImageCacheError as err:
                     outcome.stays(item.image_id, err)
             leaving = self._look_again(going, outcome)
+        except BaseException:  # an interrupt, or a green thread's time-out: this process goes on, and holds them
+            self._restore_all(going, outcome)
+            raise
         finally:
             for each in going:
                 each.lock.release()
-        for each in leaving:
-            try:
-                self._backend.purge_base(each.retired)
-            except ImageCacheError as err:  # it is out of sight; a sweep frees the rest
-                outcome.stays(each.base.image_id, err)
-            else:
-                outcome.removed.append(each.base.image_id)
-                outcome.freed += each.allocated
+        left = list(reversed(leaving))
+        try:
+            while left:
+                self._purge(left.pop(), outcome)
+        except BaseException:
+            self._restore_all(left, outcome)
+            raise
+
+    def _purge(self, each: _Going, outcome: _Outcome) -> None:
+        try:
+            self._backend.purge_base(each.retired)
+        except ImageCacheError as err:  # it is out of sight; a sweep frees the rest
+            outcome.stays(each.base.image_id, err)
+        else:
+            outcome.removed.append(each.base.image_id)
+            outcome.freed += each.allocated
 
     def _retire(self, item: CleanupItem, max_idle: float, recent: float, *, in_use: bool) -> _Going:
         lock = self._remover.attempt_lock(item.image_id)
@@ -283,6 +294,10 @@ class Passes:
         # who ensures a base notes its use and then looks whether it is still there
         if base.last_used != each.base.last_used:
             raise BaseBusyError("it was used just now", image_id=base.image_id)
+
+    def _restore_all(self, going: Sequence[_Going], outcome: _Outcome) -> None:
+        for each in going:
+            self._restore(each, outcome)
 
     def _restore(self, each: _Going, outcome: _Outcome) -> None:
         try:

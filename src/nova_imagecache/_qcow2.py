@@ -15,6 +15,9 @@ _MAGIC = b"QFI\xfb"
 _FIXED = struct.Struct(">4sIQIIQIIQ")
 _ADDED = struct.Struct(">Q20xI")
 """Of version 3, at 72: the incompatible features, and the header's length."""
+_REFCOUNTS = struct.Struct(">QI")
+"""Where the table of reference counts is, and its clusters, at 48."""
+_ENTRY = struct.Struct(">Q")
 _V2_BYTES = 72
 _V3_BYTES = 104
 _BACKING_FORMAT = 0xE2792ACA
@@ -173,3 +176,13 @@ def parse_header(data: bytes | bytearray | memoryview) -> Qcow2Header:
         l1_entries=l1_entries,
         l1_offset=l1_offset,
     )
+
+
+def holds_tables(data: bytes) -> bool:
+    """Whether a whole qcow2 file has its L1 table and its reference counts within its length: it was not cut off."""
+    header = parse_header(data)
+    table, clusters = _REFCOUNTS.unpack_from(data, 48)
+    if max(header.l1_offset + header.l1_entries * _ENTRY.size, table + clusters * header.cluster_size) > len(data):
+        return False
+    blocks = [at for (at,) in _ENTRY.iter_unpack(data[table : table + clusters * header.cluster_size]) if at]
+    return bool(blocks) and max(blocks) + header.cluster_size <= len(data)

@@ -98,7 +98,7 @@ class RootDisks:
     def get(self, disk_id: str, name: str) -> RootDisk:
         """As ImageCache.get_root_disk."""
         _check(disk_id, name)
-        self._engine.root.prepare()
+        self._engine.root.look()
         disk = self._backend.get_root_disk(disk_id, name)
         if disk is None:
             raise DiskNotFoundError(disk_id=disk_id, name=name)

@@ -103,6 +103,22 @@ def _compare_digest(
     return None
 
 
+def file_of(base: BaseImage) -> os.stat_result | None:
+    """The file that holds the base's bytes, for ``is_file``; None: it is no file, or gone."""
+    if not isinstance(base.location, FileLocation):
+        return None
+    try:
+        return os.stat(base.location.path)  # noqa: PTH116 - one call
+    except FileNotFoundError:
+        return None
+
+
+def is_file(base: BaseImage, file: os.stat_result | None) -> bool:
+    """Whether this file still holds the base's bytes. Storage that is no file has one base of a record."""
+    now = file_of(base)
+    return now is file if now is None or file is None else os.path.samestat(now, file)
+
+
 def is_ours(base: BaseImage) -> bool:
     """Whether nobody else can change the base's bytes: who owns a file can, whatever its mode. One that is gone is."""
     if not isinstance(base.location, FileLocation):

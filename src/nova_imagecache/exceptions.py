@@ -223,7 +223,8 @@ class BackendUnavailableError(BackendError):
 
 class NoSpaceError(BackendError):
     """The storage has no room. Bytes, each None where nobody counted: ``needed``, ``free``, and what cannot be evicted:
-    of bases that are ``pinned``, ``in_use``, or ``recent``: unused now, and used within the last five minutes.
+    of bases that are ``pinned``, ``in_use``, or ``recent``: unused now, and used within the last five minutes; and of
+    what is ``left_alone``: it stands in the place of bases and cannot be read as one.
     """
 
     exit_code = EX_TEMPFAIL
@@ -237,6 +238,7 @@ class NoSpaceError(BackendError):
         pinned: int | None = None,
         in_use: int | None = None,
         recent: int | None = None,
+        left_alone: int | None = None,
         limit: str | None = None,
         backend: str | None = None,
         image_id: str | None = None,
@@ -247,16 +249,21 @@ class NoSpaceError(BackendError):
         parts = [f"{what} {n}" for what, n in (("needed", needed), ("free", free)) if n is not None]
         parts += [f"{what} {n}" for what, n in (("pinned", pinned), ("in use", in_use)) if n is not None]
         parts += [f"used within the last five minutes {recent}"] if recent is not None else []
+        parts += [f"in bases that cannot be read {left_alone}"] if left_alone else []
         detail = "no space left" + (f" ({', '.join(parts)} bytes)" if parts else "")
         detail += f": {limit} would be exceeded" if limit else ""
         later = "Call again in five minutes, when what was used just now may go. Sooner: "
         todo = later + self.default_todo if recent else None
+        if left_alone:
+            told = "See what cannot be read, and what to do with it: nova-imagecache check, or check() in Python. "
+            todo = told + (todo or self.default_todo)
         super().__init__(detail, backend=backend, image_id=image_id, disk_id=disk_id, name=name, stage=stage, todo=todo)
         self.needed = needed
         self.free = free
         self.pinned = pinned
         self.in_use = in_use
         self.recent = recent
+        self.left_alone = left_alone
         self.limit = limit
 
 

@@ -70,6 +70,50 @@ def test_what_is_no_directory_cannot_be_held(tmp_path: Path) -> None:
     assert _entries.hold(tmp_path / "link", wait=False) is None
 
 
+def test_a_hold_ends_with_its_process_and_not_with_what_that_forked(tmp_path: Path) -> None:
+    """A child that was forked meanwhile lives on."""
+    here, there = FORK.Pipe(duplex=False)
+
+    def work() -> None:
+        entry = _entries.new_entry(tmp_path, "img", 0o700)
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        there.send((child, entry.path.name))
+        time.sleep(60)
+
+    process = FORK.Process(target=work)
+    process.start()
+    child, name = here.recv()
+    try:
+        assert _entries.sweep(tmp_path) == ([], [name])
+        process.kill()
+        process.join()
+        assert _entries.sweep(tmp_path) == ([name], [])
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_forked_child_ends_no_hold_of_its_parents(tmp_path: Path) -> None:
+    """Whatever it does with what it got from its parent; its own holds are its own."""
+    entry = _entries.new_entry(tmp_path, "img", 0o700)
+
+    def work() -> None:
+        entry.release()
+        mine = _entries.new_entry(tmp_path, "mine", 0o700)
+        assert _entries.alive(mine.path)
+        assert _entries.alive(entry.path)
+
+    process = FORK.Process(target=work)
+    process.start()
+    process.join(20)
+    assert process.exitcode == 0
+    assert _entries.alive(entry.path)
+    entry.release()
+    assert not _entries.alive(entry.path)
+
+
 def test_holds_live_while_their_process_does(tmp_path: Path, holder: Callable[[Path], BaseProcess]) -> None:
     """Kill -9 frees them: the kernel does, nobody else could."""
     process = holder(tmp_path)

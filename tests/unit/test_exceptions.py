@@ -188,8 +188,8 @@ def test_fields_hold_what_was_given() -> None:
     assert e.ImageRejectedError("why").reason == "why"
     corrupt = e.ImageCorruptError(*DIGESTS)
     assert (corrupt.expected, corrupt.actual) == DIGESTS
-    full = e.NoSpaceError(needed=7, free=3, pinned=1, in_use=2, recent=4)
-    assert (full.needed, full.free, full.pinned, full.in_use, full.recent) == (7, 3, 1, 2, 4)
+    full = e.NoSpaceError(needed=7, free=3, pinned=1, in_use=2, recent=4, left_alone=5)
+    assert (full.needed, full.free, full.pinned, full.in_use, full.recent, full.left_alone) == (7, 3, 1, 2, 4, 5)
     late = e.LockTimeoutError("/lock", 3.0)
     assert (late.path, late.waited) == ("/lock", 3.0)
     small = e.DiskTooSmallError(1, 2)

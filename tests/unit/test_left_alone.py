@@ -116,7 +116,13 @@ def test_it_counts_within_max_bytes(spoil: Callable[[Rig], None], rig: Rig) -> N
     cache = open_cache(rig, max_bytes=2 * MIB + TIGHT, remove_unused=False)
     with pytest.raises(NoSpaceError) as caught:
         cache.ensure_base("c")
-    assert caught.value.limit == "max_bytes"
+    error = caught.value
+    assert error.limit == "max_bytes"
+    assert error.left_alone is not None
+    assert MIB - 512 <= error.left_alone < MIB + TIGHT
+    assert f"in bases that cannot be read {error.left_alone}" in str(error)
+    assert "nova-imagecache check" in str(error.todo)
+    assert "--max-idle 0" in str(error.todo)
     assert counted(rig) < 2 * MIB + TIGHT
 
 

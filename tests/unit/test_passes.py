@@ -18,7 +18,7 @@ from harness.images import MIB
 from harness.rig import Rig
 from harness.upkeep import DAY, HOUR, Clock, Events, clean_twice, dense, names, open_cache
 from nova_imagecache import BaseImage, BaseInUseError, DiskUser, ImageCache, InvalidRequestError
-from nova_imagecache.finders import DiskDirectories
+from nova_imagecache.finders import DiskDirectories, ImagesInUse
 from nova_imagecache.testing import FaultPlan
 
 SAMPLES = {name: dense(f"passed {name}", 64 * 1024) for name in ("a", "b", "c")}
@@ -172,6 +172,40 @@ def test_a_restore_that_fails_is_made_good_by_recover(rig: Rig) -> None:
     assert "b" in report.failed
     assert cache.recover().restored
     assert names(cache) == {"b"}
+
+
+class Interrupt(BaseException):
+    """What ends a thread's work and is no error: KeyboardInterrupt, or eventlet's Timeout."""
+
+
+def test_an_interrupted_look_leaves_every_base_in_its_place(rig: Rig) -> None:
+    """They were retired together; the process lives on, and a sweep leaves alone what a live one holds."""
+    looks = []
+
+    def in_use() -> list[str]:
+        looks.append(len(list((rig.root / "trash").glob("*"))))
+        if looks[-1]:
+            raise Interrupt
+        return []
+
+    cache = open_cache(rig, user_finders=[ImagesInUse(in_use)])
+    with pytest.raises(Interrupt):
+        cache.cleanup(cache.plan_cleanup(max_idle=0))
+    assert looks == [0, 3]
+    assert names(cache) == {"a", "b", "c"}
+    rig.check_tidy("an interrupted look")
+
+
+def test_an_interrupted_purge_gives_back_what_it_did_not_come_to(rig: Rig) -> None:
+    """The one in the middle of it is swept."""
+    cache = open_cache(rig)
+    plan = cache.plan_cleanup(max_idle=0)
+    with FaultPlan().fail("fs.rmtree", match="b.", error=Interrupt()), pytest.raises(Interrupt):
+        cache.cleanup(plan)
+    assert names(cache) == {"c"}
+    assert not cache.recover().failed
+    rig.check_tidy("an interrupted purge")
+    assert cache.cleanup(cache.plan_cleanup(max_idle=0)).removed == ("c",)
 
 
 # --- plans
@@ -333,6 +367,21 @@ def test_a_pin_ends(rig: Rig) -> None:
     assert cache.cleanup().marked == ("a",)
     clock.move(2 * DAY)
     assert cache.cleanup().removed == ("a",)
+
+
+def test_a_pin_that_is_over_goes_with_a_pass(rig: Rig) -> None:
+    """Also that of an image that never came; told as what was swept."""
+    clock = Clock()
+    cache = open_cache(rig, clock)
+    for image_id in ("a", "never"):
+        cache.pin(image_id, "release", until=clock.now + DAY)
+    cache.pin("a", "me")
+    assert cache.cleanup().swept == ()
+    clock.move(2 * DAY)
+    assert cache.cleanup().swept == ("pins/a/release", "pins/never/release")
+    assert cache.recover().removed == ()
+    assert [pin.owner for pin in cache.pins("a")] == ["me"]
+    assert [path.name for path in (rig.root / "pins").iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("ago", [0.0, 10 * DAY])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -167,3 +169,62 @@ def test_a_pin_that_fails_leaves_the_old_one(root: Root) -> None:
     with FaultPlan().fail("fs.write"), pytest.raises(OSError, match="fault"):
         root.pin(Pin(image_id="img", owner="nova", until=None))
     assert root.pins("img", NOW) == (Pin(image_id="img", owner="nova", until=NOW + 5),)
+
+
+def test_pins_that_are_over_are_swept(root: Root) -> None:
+    """And nothing else: none that holds, none that cannot be read, and no other files."""
+    for image_id in ("a", "b"):
+        root.pin(Pin(image_id=image_id, owner="over", until=NOW))
+    root.pin(Pin(image_id="b", owner="later", until=NOW + 1))
+    root.pin(Pin(image_id="c", owner="endless"))
+    for number, content in enumerate((b"{", b'{"until": null}', b'{"until": NaN}', b'{"until": 1' + b"0" * 400 + b"}")):
+        (root.path / "pins" / "c" / f"odd{number}.json").write_bytes(content)
+    (root.path / "pins" / "c" / "over.json~").write_text('{"until": 1}')
+    (root.path / "pins" / "file").touch()
+    before = sorted((root.path / "pins" / "c").iterdir())
+    assert root.sweep_pins(NOW) == (["a/over", "b/over"], {})
+    assert root.sweep_pins(NOW) == ([], {})
+    assert root.pinned() == frozenset({"b", "c", "file"})
+    assert owners(root, "b") == ["later"]
+    assert sorted((root.path / "pins" / "c").iterdir()) == before
+
+
+def test_a_pin_that_cannot_be_swept_is_told(root: Root) -> None:
+    """It stops no other."""
+    for image_id in ("a", "b"):
+        root.pin(Pin(image_id=image_id, owner="over", until=NOW))
+    with FaultPlan().fail("fs.unlink", match="pins/a", error=PermissionError(1, "not permitted")):
+        removed, failed = root.sweep_pins(NOW)
+    assert removed == ["b/over"]
+    assert "not permitted" in failed["a"]
+    assert root.sweep_pins(NOW) == (["a/over"], {})
+
+
+def test_a_pin_that_is_renewed_while_it_is_swept_stays(root: Root) -> None:
+    """It was read as ended, and its owner comes before it is gone."""
+    root.pin(Pin(image_id="img", owner="nova", until=NOW))
+    plan = FaultPlan()
+    pause = plan.pause("fs.unlink", match="nova.json")
+    with plan, ThreadPoolExecutor(2) as pool:
+        sweeping = pool.submit(root.sweep_pins, NOW)
+        pause.wait()
+        renewing = pool.submit(root.pin, Pin(image_id="img", owner="nova", until=NOW + 9))
+        time.sleep(0.2)
+        pause.release()
+        assert sweeping.result(20) == (["img/nova"], {})
+        renewing.result(20)
+    assert owners(root) == ["nova"]
+
+
+def test_a_pin_that_is_being_renewed_is_not_swept(root: Root) -> None:
+    """A pass waits for nobody."""
+    root.pin(Pin(image_id="img", owner="nova", until=NOW))
+    plan = FaultPlan()
+    pause = plan.pause("fs.rename", match="nova.json")
+    with plan, ThreadPoolExecutor(1) as pool:
+        renewing = pool.submit(root.pin, Pin(image_id="img", owner="nova", until=NOW + 9))
+        pause.wait()
+        assert root.sweep_pins(NOW) == ([], {})
+        pause.release()
+        renewing.result(20)
+    assert owners(root) == ["nova"]

@@ -68,6 +68,20 @@ def test_a_damaged_template_is_made_anew(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(("base", "cluster", "size"), SHAPES)
+def test_a_template_that_was_cut_off_is_made_anew(tmp_path: Path, base: str, cluster: int | None, size: int) -> None:
+    """Wherever that was: behind the header, within a table, or at its last byte."""
+    good = overlay(Templates(tmp_path), tmp_path / "good", "disk.base", base, cluster, size)
+    (kept,) = (tmp_path / "templates").iterdir()
+    kept.chmod(0o600)
+    whole = kept.stat().st_size
+    step = cluster or 65536
+    for number, length in enumerate([*range(0, whole, step), 104, step + 8, whole - 1]):
+        os.truncate(kept, length)
+        assert overlay(Templates(tmp_path), tmp_path / f"{number}", "disk.base", base, cluster, size) == good
+        assert kept.stat().st_size == whole
+
+
 def test_a_name_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     """As qemu-img refuses it: the specification allows 1023 bytes, and no more than the header's cluster holds."""
     templates = Templates(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from conftest import InChild
 from harness import images, places
 from harness.images import MIB
 from harness.rig import Rig
-from harness.upkeep import Events, dense, last_used, open_cache
+from harness.upkeep import Events, assert_counts_as_du, dense, last_used, open_cache
 from nova_imagecache import (
     BackendError,
     BaseImage,
@@ -170,6 +171,41 @@ def test_figures_that_are_not_whole_are_not_reported(open_path: Path, in_child: 
     assert not in_child(look, unprivileged=True)
 
 
+def test_what_others_left_in_the_root_is_counted(rig: Rig) -> None:
+    """Beside what is ours, and within it: the filesystem has that much less, whoever wrote it."""
+    with open_cache(rig) as cache:
+        cache.ensure_bases(SAMPLES)
+        for place in (rig.root, rig.root / "lost+found", rig.root / "old" / "copies", rig.root / "bases" / "a" / "sub"):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "README").write_bytes(bytes(1 + len(place.name)) * 4096)
+        (rig.root / "link").symlink_to(rig.root / "bases")
+        assert_counts_as_du(rig, cache.usage(), "strangers")
+
+
+def test_disks_in_the_root_are_no_overhead(tmp_path: Path) -> None:
+    """By whatever name."""
+    rig = Rig(tmp_path, "file", SAMPLES)
+    rig.disks = rig.root / "instances" / "here"
+    with open_cache(rig) as cache:
+        cache.ensure_base("a")
+        before = cache.usage().overhead
+        cache.create_root_disk("a", "vm")
+        assert cache.usage().overhead - before < MIB
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can close a directory to its cache")
+@pytest.mark.parametrize("closed", ["users/a", "pins", "old", "bases/a/sub", "lost+found"])
+def test_what_cannot_be_counted_is_said(closed: str, open_path: Path, in_child: InChild) -> None:
+    """A figure without it is no figure; but of lost+found, which is closed to everybody and empty."""
+    rig = Rig(open_path, "link", SAMPLES)
+    open_path.chmod(0o777)
+    in_child(lambda: open_cache(rig).ensure_bases(SAMPLES), unprivileged=True)
+    (rig.root / closed).mkdir(parents=True, exist_ok=True)
+    os.chown(rig.root / closed, 0, 0)
+    (rig.root / closed).chmod(0o700)
+    assert in_child(lambda: open_cache(rig).usage().complete, unprivileged=True) == (closed == "lost+found")
+
+
 # --- when to report
 
 
@@ -201,21 +237,25 @@ def test_a_fetch_that_fails_after_an_eviction_tells_of_both(rig: Rig) -> None:
     assert events.kinds("usage-changed") == ["a", "huge"]
 
 
-def test_a_repair_tells_that_usage_changed(open_path: Path, in_child: InChild) -> None:
+def _take_over(rig: Rig) -> None:
+    """A base with a disk that belongs to a guest's user, as libvirt leaves it."""
+    open_cache(rig).create_root_disk("a", "vm")
+    os.chown(rig.root / "bases" / "a" / "disk", 65534, 65534)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_repair_tells_that_usage_changed(rig: Rig) -> None:
     """The old bytes stay with the disks that are linked to them."""
-    rig = Rig(open_path, "link", SAMPLES)
-    open_path.chmod(0o777)
-    in_child(lambda: open_cache(rig).create_root_disk("a", "vm") and None, unprivileged=True)
+    _take_over(rig)
     events = Events()
     assert open_cache(rig, on_event=events.append).repair_base("a")
     assert events.kinds("repaired") == events.kinds("usage-changed") == ["a"]
 
 
-def test_a_repair_is_admitted(open_path: Path, in_child: InChild) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_repair_is_admitted(rig: Rig) -> None:
     """It copies the base: where that does not fit it is refused with the figures, and the base stays as it is."""
-    rig = Rig(open_path, "link", SAMPLES)
-    open_path.chmod(0o777)
-    in_child(lambda: open_cache(rig).create_root_disk("a", "vm") and None, unprivileged=True)
+    _take_over(rig)
     cache = open_cache(rig, max_bytes=MIB + MIB // 2)
     inode = (rig.root / "bases" / "a" / "disk").stat().st_ino
     with pytest.raises(NoSpaceError) as caught:

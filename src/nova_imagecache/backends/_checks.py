@@ -40,7 +40,8 @@ def _tools() -> Iterator[Fact]:
 
 def _filesystems(backend: FileDisks) -> Iterator[Fact]:
     root, disks = backend.paths.root, backend.paths.disks_dir
-    _fs.make_dirs(disks, 0o755)
+    # who looks may be the superuser, whose directories nobody else could use
+    disks = next(path for path in (disks, *disks.parents) if path.is_dir())
     _fs.make_dirs(backend.staging, 0o700)
     probe = disks / f".check.{_fs.random_suffix()}"
     with _entries.entry(backend.staging, "check", 0o700) as scratch:
@@ -73,7 +74,9 @@ def _owners(backend: FileDisks) -> Iterator[Fact]:
         bases = backend.base_path("x").parent.parent
         todo = f"in {bases}; the next ensure replaces one, and `nova-imagecache remove` removes one that nobody uses"
         yield Fact(name="bases that cannot be read", value=str(len(left)), problem=f"{first}{more}; {todo}")
-    foreign = [b.image_id for b in backend.iter_bases() if not _ours(backend.base_path(b.image_id))]
+    # the superuser looks for the one whose root it is
+    ours = os.geteuid() or backend.paths.root.stat().st_uid
+    foreign = [b.image_id for b in backend.iter_bases() if not _owned(backend.base_path(b.image_id), ours)]
     yield Fact(
         name="bases of another owner",
         value=str(len(foreign)),
@@ -98,9 +101,9 @@ def _owners(backend: FileDisks) -> Iterator[Fact]:
     yield Fact(name="qemu_user", value=user, problem=problem)
 
 
-def _ours(path: Path) -> bool:
+def _owned(path: Path, uid: int) -> bool:
     try:
-        return path.stat().st_uid == os.geteuid()
+        return path.stat().st_uid == uid
     except FileNotFoundError:  # removed meanwhile
         return True
 

@@ -16,6 +16,7 @@ import errno
 import grp
 import logging
 import os
+import stat
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,13 @@ from nova_imagecache.backends._writer import FileOptions, FileWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+_APART = frozenset({"bases", "staging", "trash", "quarantine"})
+"""Directories of the root whose content has figures of its own."""
+
+_AROUND = frozenset({"users", "pins", "locks", "refused", "revoked", "hosts", "adopted", "templates"})
+_OF_MKFS = "lost+found"
+"""Closed to all but the superuser, and empty."""
 
 _log = logging.getLogger(__name__)
 
@@ -274,25 +282,37 @@ class FileBases(Backend):
         trash, also = _extents.allocated_tree(self._trash)
         quarantine, too = _extents.allocated_tree(self._quarantine)
         left_alone, seen = self._looks.allocated_left()
+        overhead, around = self._overhead()
         return Capacity(
             total=figures.f_blocks * figures.f_frsize,
             free=figures.f_bavail * figures.f_frsize,
             staging=staging,
             trash=trash + quarantine,
-            overhead=self._overhead(),
+            overhead=overhead,
             left_alone=left_alone,
-            complete=whole and also and too and seen,
+            complete=whole and also and too and seen and around,
         )
 
-    def _overhead(self) -> int:
-        """Allocated bytes of the root but for what is in bases, staging, trash, quarantine and disks."""
-        root = self.paths.root
-        around = [
-            root / name for name in ("users", "pins", "locks", "refused", "revoked", "hosts", "adopted", "templates")
-        ]
-        alone = [root, self._bases, self.staging, self._trash, self._quarantine]
-        alone += [root / "cache.json", root / "CACHEDIR.TAG", *around]
-        return sum(map(_extents.allocated, alone)) + sum(_extents.allocated_tree(path)[0] for path in around)
+    def _overhead(self) -> tuple[int, bool]:
+        """(allocated bytes of the root but for what is in bases, staging, trash, quarantine and disks; whether all of
+        them could be counted)."""
+        root, complete = self.paths.root, True
+        device, total = root.stat().st_dev, _extents.allocated(root)
+        disks = self.paths.disks_dir.relative_to(root).parts[:1] if self.paths.disks_dir.is_relative_to(root) else ()
+        try:
+            names = os.listdir(root)  # noqa: PTH208 - names, not paths
+        except OSError:
+            names, complete = sorted(_AROUND | _APART), False
+        for name in names:
+            if name in disks:
+                continue
+            total += _extents.allocated(root / name)
+            if name in _APART or (name not in _AROUND and not _is_own_directory(root / name, device)):
+                continue
+            below, whole = _extents.allocated_tree(root / name)
+            total += below
+            complete = complete and (whole or name == _OF_MKFS)
+        return total, complete
 
     def sweep_trash(self) -> tuple[list[str], list[str], list[str], dict[str, str]]:
         """Finish the removals that died half-way: (purged, restored, alive, failed with the reason), by entry name.
@@ -329,6 +349,15 @@ class FileBases(Backend):
         self.restore_base(Retired(base=base, token=token))
         # where a base of that name is there again, disks of this one hold its bytes by their own links
         return not (self._trash / token).exists()
+
+
+def _is_own_directory(path: Path, device: int) -> bool:
+    """Whether it is a directory, and no other filesystem's."""
+    try:
+        status = path.lstat()
+    except OSError:  # gone meanwhile
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_dev == device
 
 
 def _path(base: BaseImage) -> Path:

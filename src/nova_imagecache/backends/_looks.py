@@ -5,6 +5,7 @@ A hit is bound by its stats, and a pass by those of ten thousand bases: names ar
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -282,6 +283,11 @@ def _stat_entries(directory: str, found: dict[str, os.stat_result]) -> int:
             except FileNotFoundError:  # a mark that was taken away meanwhile
                 continue
             blocks += status.st_blocks
+            if stat.S_ISDIR(status.st_mode):  # somebody's: a base has none
+                below, whole = _extents.allocated_tree(Path(entry.path))
+                if not whole:
+                    raise PermissionError(errno.EACCES, "it cannot be counted", entry.path)
+                blocks += below // 512
     return blocks
 
 

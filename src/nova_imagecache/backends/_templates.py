@@ -97,7 +97,7 @@ def _read(path: Path, size: int) -> Template | None:
         header = _qcow2.parse_header(data)
     except _qcow2.Qcow2Error:
         return None
-    return _parse(data) if header.virtual_size == size else None
+    return _parse(data) if header.virtual_size == size and _qcow2.holds_tables(data) else None
 
 
 def _parse(data: bytes) -> Template:
