@@ -144,7 +144,13 @@ class Engine:
         def fetch(leader: Leader) -> BaseImage:
             try:
                 base = self._fetcher.fetch(
-                    image_id, source=source, expect=call.expect, disk_size=disk_size, watch=watch, leader=leader
+                    image_id,
+                    source=source,
+                    expect=call.expect,
+                    disk_size=disk_size,
+                    find=find,
+                    watch=watch,
+                    leader=leader,
                 )
             except BaseException:
                 failed.set()

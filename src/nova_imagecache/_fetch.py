@@ -59,10 +59,11 @@ class Fetcher:
         source: GuardedSource,
         expect: Digest | None,
         disk_size: int | None,
+        find: Callable[[], BaseImage | None],
         watch: Watch,
         leader: Leader,
     ) -> BaseImage:
-        """The base, published by us or by whoever was first.
+        """The base, published by us or by whoever was first. ``find`` looks for it as for a hit, and notes its use.
 
         Raises:
             SourceError and its kin: the image cannot be had, or is refused.
@@ -75,9 +76,10 @@ class Fetcher:
 
         with translated(failed), self._slot(watch):
             image = attended(lambda: source.get(image_id), lambda: watch.check("metadata"))
-            if expect is not None and image.digest is not None and image.digest.algorithm == expect.algorithm:
-                _same(expect, image.digest, image_id)
-            replaced = self._replaced(image_id)
+            _refuse_other(image, expect)
+            if (found := find()) is not None:  # another host had it before the source answered
+                return found
+            replaced = self._replaced(image_id, expect)
             limits = _admission.Limits(disk_size=disk_size, max_virtual_size=self.config.max_virtual_size)
             _admission.judge_metadata(image, limits)
             if (adopted := self._adopt(image, source, expect, watch)) is not None:
@@ -99,9 +101,9 @@ class Fetcher:
                     ingest = _ingest.Ingest(image, source, request, watch, tell)
                     return self._bring_in(ingest, request, scratch, replaced, watch)
 
-            with self._claim(image_id, expect, watch) as found:
-                if found is not None:
-                    return found
+            with self._claim(image_id, find, watch) as theirs:
+                if theirs is not None:
+                    return theirs
                 try:
                     return attempt()
                 except NoSpaceError as err:
@@ -143,7 +145,7 @@ class Fetcher:
         return attended(lambda: source.with_locations(image), lambda: watch.check("locations"))
 
     @contextmanager
-    def _claim(self, image_id: str, expect: Digest | None, watch: Watch) -> Iterator[BaseImage | None]:
+    def _claim(self, image_id: str, find: Callable[[], BaseImage | None], watch: Watch) -> Iterator[BaseImage | None]:
         """The right to bring the image in, while the block runs; or the base, once another host has published it.
 
         Raises:
@@ -153,8 +155,7 @@ class Fetcher:
         pause = _CLAIM_POLL
         while (claim := self.backend.claim_import(image_id)) is None:
             watch.check("wait for another host")
-            base = self.backend.find_base(image_id)
-            if base is not None and expect in (None, base.digest):
+            if (base := find()) is not None:
                 yield base
                 return
             waited = time.monotonic() - began
@@ -165,8 +166,7 @@ class Fetcher:
             self._sleep(pause, watch)
             pause = min(pause * _CLAIM_BACK_OFF, _CLAIM_POLL_MOST)
         try:
-            base = self.backend.find_base(image_id)
-            yield base if base is not None and expect in (None, base.digest) else None
+            yield find()
         finally:
             claim.release()
 
@@ -227,11 +227,12 @@ class Fetcher:
             admit_free=admit_free,
         )
 
-    def _replaced(self, image_id: str) -> BaseImage | None:
+    def _replaced(self, image_id: str, expect: Digest | None) -> BaseImage | None:
         """The base of this id that is not what the caller expects, if it can be replaced."""
         old = self.backend.find_base(image_id)
-        if old is not None:
-            self._refuse_readers(old)
+        if old is None or expect in (None, old.digest):
+            return None
+        self._refuse_readers(old)
         return old
 
     def _replace(self, old: BaseImage) -> None:
@@ -259,6 +260,9 @@ class Fetcher:
             self.slots.release()
 
 
-def _same(expect: Digest, announced: Digest, image_id: str) -> None:
+def _refuse_other(image: ImageInfo, expect: Digest | None) -> None:
+    announced = image.digest
+    if expect is None or announced is None or announced.algorithm != expect.algorithm:
+        return
     if expect != announced:
-        raise ImageCorruptError(expect, announced, image_id=image_id, stage="metadata")
+        raise ImageCorruptError(expect, announced, image_id=image.image_id, stage="metadata")
