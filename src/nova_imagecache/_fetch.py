@@ -14,6 +14,7 @@ from nova_imagecache._guard import translated
 from nova_imagecache.exceptions import (
     BackendError,
     BaseInUseError,
+    BaseNotFoundError,
     ImageCorruptError,
     ImageRejectedError,
     LockTimeoutError,
@@ -84,10 +85,8 @@ class Fetcher:
             _admission.judge_metadata(image, limits)
             if (adopted := self._adopt(image, source, expect, watch)) is not None:
                 return adopted
-            if replaced is not None and not replaced.managed:
-                reason = "its base is adopted, and adopted bytes are never compared with a digest"
-                todo = "Leave expect out, or have the image service announce this digest"
-                raise ImageRejectedError(reason, image_id=image_id, stage="metadata", todo=todo)
+            if replaced is not None:
+                _refuse_adopted(replaced)
 
             def tell(stage: str, done: int, total: int | None, /) -> None:
                 watch.report(stage, done, total)
@@ -99,7 +98,7 @@ class Fetcher:
                     request = self._request(image, disk_size, expect, scratch, watch)
                     _admission.admit_metadata(image, request)
                     ingest = _ingest.Ingest(image, source, request, watch, tell)
-                    return self._bring_in(ingest, request, scratch, replaced, watch)
+                    return self._bring_in(ingest, request, scratch, watch)
 
             with self._claim(image_id, find, watch) as theirs:
                 if theirs is not None:
@@ -176,14 +175,7 @@ class Fetcher:
             watch.check("wait for another host")
             time.sleep(_SLOT_POLL)
 
-    def _bring_in(
-        self,
-        ingest: _ingest.Ingest,
-        request: _admission.Request,
-        scratch: Path,
-        replaced: BaseImage | None,
-        watch: Watch,
-    ) -> BaseImage:
+    def _bring_in(self, ingest: _ingest.Ingest, request: _admission.Request, scratch: Path, watch: Watch) -> BaseImage:
         image = ingest.image
         _log.info("image %s: fetching %s bytes of %s", image.image_id, image.size, image.disk_format)
         writer = self.backend.stage_base(image.image_id, request.base_format)
@@ -192,10 +184,7 @@ class Fetcher:
                 self.backend, image, request, writer, self.clock(), check=lambda: watch.check("copy")
             ) or ingest.run(writer, scratch, self.clock())
             watch.check("publish")
-            if replaced is not None:
-                # the same id, other bytes: their disks hold them by links, new ones get the new bytes
-                _log.warning("image %s: other bytes were cached under this id; they are replaced", image.image_id)
-                self._replace(replaced)
+            self._make_way(image.image_id, request.expect)
             watch.report("publish", record.source_size, record.source_size)
             self.keeper.release(scratch)  # or it would count beside the base until we tidy up
             base = writer.publish(record)
@@ -235,9 +224,21 @@ class Fetcher:
         self._refuse_readers(old)
         return old
 
-    def _replace(self, old: BaseImage) -> None:
-        """Take the other bytes away, after a second look: somebody may have come to depend on them meanwhile."""
-        retired = self.backend.retire_base(old)
+    def _make_way(self, image_id: str, expect: Digest | None) -> None:
+        """Take away what stands there now and holds other bytes, by two looks at who reads them.
+
+        It may have come since the fetch began, and may go at any time.
+        """
+        old = self._replaced(image_id, expect)
+        if old is None:
+            return
+        _refuse_adopted(old)
+        # the same id, other bytes: their disks hold them by links, new ones get the new bytes
+        _log.warning("image %s: other bytes were cached under this id; they are replaced", image_id)
+        try:
+            retired = self.backend.retire_base(old)
+        except BaseNotFoundError:
+            return
         try:
             self._refuse_readers(old, retired.base)
         except BaseException:
@@ -258,6 +259,13 @@ class Fetcher:
             yield
         finally:
             self.slots.release()
+
+
+def _refuse_adopted(old: BaseImage) -> None:
+    if not old.managed:
+        reason = "its base is adopted, and adopted bytes are never compared with a digest"
+        todo = "Leave expect out, or have the image service announce this digest"
+        raise ImageRejectedError(reason, image_id=old.image_id, stage="metadata", todo=todo)
 
 
 def _refuse_other(image: ImageInfo, expect: Digest | None) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from nova_imagecache import CacheConfig, Digest, ImageCache, ImageInfo
+from nova_imagecache import BaseInUseError, CacheConfig, Digest, ImageCache, ImageInfo
 from nova_imagecache.testing import FakeSource, MemoryBackend, MemoryStorage
 
+MIB = 1 << 20
 DATA = b"of many hosts..." * 65536
 DIGEST = Digest("sha512", hashlib.sha512(DATA).hexdigest())
 
@@ -82,3 +84,47 @@ def test_the_use_of_what_another_host_published_is_noted(hosts: Hosts) -> None:
 
     hosts.cache("ours", Slow(publish), lambda: clock[0]).ensure_base("img")
     assert theirs.get_base("img").last_used == clock[0]
+
+
+# --- other bytes of the same id, which this host replaces
+
+
+def _opening(meanwhile: Callable[[], object]) -> FakeSource:
+    """A source of which something is done before it first serves bytes."""
+    todo = [meanwhile]
+
+    class Opening(FakeSource):
+        @contextmanager
+        def open(self, image: ImageInfo, offset: int = 0) -> Iterator[Iterator[bytes]]:
+            while todo:
+                todo.pop()()
+            with super().open(image, offset) as chunks:
+                yield chunks
+
+    return Opening({"img": DATA})
+
+
+def test_another_host_removes_the_other_bytes_first(hosts: Hosts) -> None:
+    """What was to be replaced is gone: that is all that was wanted."""
+    theirs = hosts.cache("theirs", FakeSource({"img": b"x" * MIB}))
+    theirs.ensure_base("img")
+    ours = hosts.cache("ours", _opening(lambda: theirs.remove_base("img")))
+    assert ours.ensure_base("img", expect=DIGEST).digest == DIGEST
+
+
+def test_another_host_publishes_other_bytes_meanwhile(hosts: Hosts) -> None:
+    """What stands there when ours come is replaced, and they need not be fetched again."""
+    theirs = hosts.cache("theirs", FakeSource({"img": b"x" * MIB}))
+    source = _opening(lambda: theirs.ensure_base("img"))
+    ours = hosts.cache("ours", source)
+    assert ours.ensure_base("img", expect=DIGEST).digest == DIGEST
+    assert source.opens == 1
+
+
+def test_other_bytes_that_get_a_disk_meanwhile_stay(hosts: Hosts) -> None:
+    """As those that had one before the fetch began."""
+    theirs = hosts.cache("theirs", FakeSource({"img": b"x" * MIB}))
+    ours = hosts.cache("ours", _opening(lambda: theirs.create_root_disk("img", "vm")))
+    with pytest.raises(BaseInUseError):
+        ours.ensure_base("img", expect=DIGEST)
+    assert [user.disk_id for user in theirs.users("img")] == ["vm"]
