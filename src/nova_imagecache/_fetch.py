@@ -84,6 +84,7 @@ class Fetcher:
             limits = _admission.Limits(disk_size=disk_size, max_virtual_size=self.config.max_virtual_size)
             _admission.judge_metadata(image, limits)
             if (adopted := self._adopt(image, source, expect, watch)) is not None:
+                _admission.judge_size(adopted.virtual_size, image_id, limits)  # nobody may have announced it
                 return adopted
             if replaced is not None:
                 _refuse_adopted(replaced)
