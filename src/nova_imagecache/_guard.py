@@ -9,7 +9,7 @@ import errno
 import logging
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nova_imagecache._models import Digest, ImageInfo
 from nova_imagecache.backends import Backend, BaseWriter, Claim
@@ -350,15 +350,18 @@ class GuardedSource:
         with self._call("open", image.image_id):
             context = self.inner.open(image, offset)
             chunks = context.__enter__()
-        failed: list[Any] = [None, None, None]
         try:
             yield self._iterate(image, chunks)
         except BaseException as err:
-            failed = [type(err), err, err.__traceback__]
+            try:
+                with self._call("close", image.image_id):
+                    context.__exit__(type(err), err, err.__traceback__)
+            except ImageCacheError as late:
+                if err not in (late, late.__cause__):  # what ended the stream is what the caller must hear
+                    _log.warning("%s", late)
             raise
-        finally:
-            with self._call("close", image.image_id):
-                context.__exit__(*failed)
+        with self._call("close", image.image_id):
+            context.__exit__(None, None, None)
 
     def _iterate(self, image: ImageInfo, chunks: Iterator[bytes]) -> Iterator[bytes]:
         with self._call("read", image.image_id):

@@ -23,6 +23,7 @@ from nova_imagecache.exceptions import (
     BaseNotFoundError,
     ImageCacheError,
     ImageNotFoundError,
+    ImageRejectedError,
     NoSpaceError,
     SourceError,
 )
@@ -329,6 +330,28 @@ def test_what_the_reader_raises_is_its_own() -> None:
     with pytest.raises(KeyError, match="mine"):
         read(GuardedSource(source), mine)
     assert source.closed.is_set()
+
+
+@pytest.mark.parametrize("verdict", [ImageRejectedError("hostile"), KeyError("mine"), KeyboardInterrupt()], ids=repr)
+def test_a_close_that_fails_hides_no_verdict(verdict: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    """What ended the reading is told; what closing raised is logged."""
+
+    class Reset(Source):
+        @contextmanager
+        def _context(self) -> Iterator[Iterator[bytes]]:
+            try:
+                yield self._chunks()
+            finally:
+                raise ConnectionResetError("reset at close")
+
+    def refuse() -> None:
+        raise verdict
+
+    with pytest.raises(type(verdict)) as caught:
+        read(GuardedSource(Reset(None, "")), refuse)
+    assert caught.value is verdict
+    [record] = caplog.records
+    assert "source mine failed in close: ConnectionResetError: reset at close" in record.getMessage()
 
 
 class Answering(Source):
