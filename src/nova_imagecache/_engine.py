@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nova_imagecache import _args, _entries, _users, _verify
+from nova_imagecache import _admission, _args, _entries, _users, _verify
 from nova_imagecache._fetch import Fetcher
 from nova_imagecache._flight import Flights, Leader
 from nova_imagecache._guard import GuardedBackend, GuardedSource
@@ -147,7 +147,13 @@ class Engine:
         def fetch(leader: Leader) -> BaseImage:
             try:
                 base = self._fetcher.fetch(
-                    image_id, source=source, expect=call.expect, disk_size=disk_size, watch=watch, leader=leader
+                    image_id,
+                    source=source,
+                    expect=call.expect,
+                    disk_size=disk_size,
+                    find=find,
+                    watch=watch,
+                    leader=leader,
                 )
             except BaseException:
                 failed.set()
@@ -193,6 +199,9 @@ class Engine:
         base = self.backend.find_base(image_id)
         if base is None or (expect is not None and base.digest != expect):
             return None
+        if not base.managed:  # nothing keeps the image service's own from being found, however large it is
+            limits = _admission.Limits(disk_size=None, max_virtual_size=self.config.max_virtual_size)
+            _admission.judge_size(base.virtual_size, image_id, limits)
         if base.format != "raw" and base.inspected < INSPECTOR_VERSION:
             self._inspect_again(base)
         return base

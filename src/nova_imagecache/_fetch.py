@@ -14,6 +14,7 @@ from nova_imagecache._guard import translated
 from nova_imagecache.exceptions import (
     BackendError,
     BaseInUseError,
+    BaseNotFoundError,
     ImageCorruptError,
     ImageRejectedError,
     LockTimeoutError,
@@ -59,10 +60,11 @@ class Fetcher:
         source: GuardedSource,
         expect: Digest | None,
         disk_size: int | None,
+        find: Callable[[], BaseImage | None],
         watch: Watch,
         leader: Leader,
     ) -> BaseImage:
-        """The base, published by us or by whoever was first.
+        """The base, published by us or by whoever was first. ``find`` looks for it as for a hit, and notes its use.
 
         Raises:
             SourceError and its kin: the image cannot be had, or is refused.
@@ -75,17 +77,17 @@ class Fetcher:
 
         with translated(failed), self._slot(watch):
             image = attended(lambda: source.get(image_id), lambda: watch.check("metadata"))
-            if expect is not None and image.digest is not None and image.digest.algorithm == expect.algorithm:
-                _same(expect, image.digest, image_id)
-            replaced = self._replaced(image_id)
+            _refuse_other(image, expect)
+            if (found := find()) is not None:  # another host had it before the source answered
+                return found
+            replaced = self._replaced(image_id, expect)
             limits = _admission.Limits(disk_size=disk_size, max_virtual_size=self.config.max_virtual_size)
             _admission.judge_metadata(image, limits)
             if (adopted := self._adopt(image, source, expect, watch)) is not None:
+                _admission.judge_size(adopted.virtual_size, image_id, limits)  # nobody may have announced it
                 return adopted
-            if replaced is not None and not replaced.managed:
-                reason = "its base is adopted, and adopted bytes are never compared with a digest"
-                todo = "Leave expect out, or have the image service announce this digest"
-                raise ImageRejectedError(reason, image_id=image_id, stage="metadata", todo=todo)
+            if replaced is not None:
+                _refuse_adopted(replaced)
 
             def tell(stage: str, done: int, total: int | None, /) -> None:
                 watch.report(stage, done, total)
@@ -97,11 +99,11 @@ class Fetcher:
                     request = self._request(image, disk_size, expect, scratch, watch)
                     _admission.admit_metadata(image, request)
                     ingest = _ingest.Ingest(image, source, request, watch, tell)
-                    return self._bring_in(ingest, request, scratch, replaced, watch)
+                    return self._bring_in(ingest, request, scratch, watch)
 
-            with self._claim(image_id, expect, watch) as found:
-                if found is not None:
-                    return found
+            with self._claim(image_id, find, watch) as theirs:
+                if theirs is not None:
+                    return theirs
                 try:
                     return attempt()
                 except NoSpaceError as err:
@@ -143,7 +145,7 @@ class Fetcher:
         return attended(lambda: source.with_locations(image), lambda: watch.check("locations"))
 
     @contextmanager
-    def _claim(self, image_id: str, expect: Digest | None, watch: Watch) -> Iterator[BaseImage | None]:
+    def _claim(self, image_id: str, find: Callable[[], BaseImage | None], watch: Watch) -> Iterator[BaseImage | None]:
         """The right to bring the image in, while the block runs; or the base, once another host has published it.
 
         Raises:
@@ -153,8 +155,7 @@ class Fetcher:
         pause = _CLAIM_POLL
         while (claim := self.backend.claim_import(image_id)) is None:
             watch.check("wait for another host")
-            base = self.backend.find_base(image_id)
-            if base is not None and expect in (None, base.digest):
+            if (base := find()) is not None:
                 yield base
                 return
             waited = time.monotonic() - began
@@ -165,8 +166,7 @@ class Fetcher:
             self._sleep(pause, watch)
             pause = min(pause * _CLAIM_BACK_OFF, _CLAIM_POLL_MOST)
         try:
-            base = self.backend.find_base(image_id)
-            yield base if base is not None and expect in (None, base.digest) else None
+            yield find()
         finally:
             claim.release()
 
@@ -176,14 +176,7 @@ class Fetcher:
             watch.check("wait for another host")
             time.sleep(_SLOT_POLL)
 
-    def _bring_in(
-        self,
-        ingest: _ingest.Ingest,
-        request: _admission.Request,
-        scratch: Path,
-        replaced: BaseImage | None,
-        watch: Watch,
-    ) -> BaseImage:
+    def _bring_in(self, ingest: _ingest.Ingest, request: _admission.Request, scratch: Path, watch: Watch) -> BaseImage:
         image = ingest.image
         _log.info("image %s: fetching %s bytes of %s", image.image_id, image.size, image.disk_format)
         writer = self.backend.stage_base(image.image_id, request.base_format)
@@ -192,10 +185,7 @@ class Fetcher:
                 self.backend, image, request, writer, self.clock(), check=lambda: watch.check("copy")
             ) or ingest.run(writer, scratch, self.clock())
             watch.check("publish")
-            if replaced is not None:
-                # the same id, other bytes: their disks hold them by links, new ones get the new bytes
-                _log.warning("image %s: other bytes were cached under this id; they are replaced", image.image_id)
-                self._replace(replaced)
+            self._make_way(image.image_id, request.expect)
             watch.report("publish", record.source_size, record.source_size)
             self.keeper.release(scratch)  # or it would count beside the base until we tidy up
             base = writer.publish(record)
@@ -227,16 +217,29 @@ class Fetcher:
             admit_free=admit_free,
         )
 
-    def _replaced(self, image_id: str) -> BaseImage | None:
+    def _replaced(self, image_id: str, expect: Digest | None) -> BaseImage | None:
         """The base of this id that is not what the caller expects, if it can be replaced."""
         old = self.backend.find_base(image_id)
-        if old is not None:
-            self._refuse_readers(old)
+        if old is None or expect in (None, old.digest):
+            return None
+        self._refuse_readers(old)
         return old
 
-    def _replace(self, old: BaseImage) -> None:
-        """Take the other bytes away, after a second look: somebody may have come to depend on them meanwhile."""
-        retired = self.backend.retire_base(old)
+    def _make_way(self, image_id: str, expect: Digest | None) -> None:
+        """Take away what stands there now and holds other bytes, by two looks at who reads them.
+
+        It may have come since the fetch began, and may go at any time.
+        """
+        old = self._replaced(image_id, expect)
+        if old is None:
+            return
+        _refuse_adopted(old)
+        # the same id, other bytes: their disks hold them by links, new ones get the new bytes
+        _log.warning("image %s: other bytes were cached under this id; they are replaced", image_id)
+        try:
+            retired = self.backend.retire_base(old)
+        except BaseNotFoundError:
+            return
         try:
             self._refuse_readers(old, retired.base)
         except BaseException:
@@ -259,6 +262,16 @@ class Fetcher:
             self.slots.release()
 
 
-def _same(expect: Digest, announced: Digest, image_id: str) -> None:
+def _refuse_adopted(old: BaseImage) -> None:
+    if not old.managed:
+        reason = "its base is adopted, and adopted bytes are never compared with a digest"
+        todo = "Leave expect out, or have the image service announce this digest"
+        raise ImageRejectedError(reason, image_id=old.image_id, stage="metadata", todo=todo)
+
+
+def _refuse_other(image: ImageInfo, expect: Digest | None) -> None:
+    announced = image.digest
+    if expect is None or announced is None or announced.algorithm != expect.algorithm:
+        return
     if expect != announced:
-        raise ImageCorruptError(expect, announced, image_id=image_id, stage="metadata")
+        raise ImageCorruptError(expect, announced, image_id=image.image_id, stage="metadata")

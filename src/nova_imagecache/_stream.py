@@ -124,9 +124,7 @@ class Stream:
     def _fill_pieces(self) -> None:
         buffer, length = self._buffer(), 0
         with self._source.open(self._image) as chunks:
-            for part in _parts(chunks):
-                if self._stop.is_set():
-                    return
+            for part in self._parts(chunks):
                 self._look(part)
                 rest = part
                 while rest and buffer is not None:
@@ -141,6 +139,17 @@ class Stream:
                     return
         if length and buffer is not None:
             self._read.put(_Filled(buffer, length))
+
+    def _parts(self, chunks: Iterable[bytes]) -> Iterator[memoryview]:
+        """The chunks of a source, which may be of any size, at most 1 MiB at a time, while anybody wants them."""
+        for chunk in chunks:
+            view = memoryview(chunk)
+            for start in range(0, len(view), MIB):
+                if self._stop.is_set():
+                    return
+                yield view[start : start + MIB]
+            if self._stop.is_set():  # a chunk may be empty, and the next one as well
+                return
 
     def _buffer(self) -> bytearray | None:
         """An empty buffer, None: nobody wants any more."""
@@ -164,11 +173,3 @@ class Stream:
                         hasher.update(piece)
             self._hashed.put(item)
         self._hashed.put(item)
-
-
-def _parts(chunks: Iterable[bytes]) -> Iterator[memoryview]:
-    """The chunks of a source, which may be of any size, at most 1 MiB at a time."""
-    for chunk in chunks:
-        view = memoryview(chunk)
-        for start in range(0, len(view), MIB):
-            yield view[start : start + MIB]

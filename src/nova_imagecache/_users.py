@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from nova_imagecache import _guard
 from nova_imagecache._chains import OF_DOMAIN, KnownBases, reads_by_name
 from nova_imagecache._models import FileLocation
-from nova_imagecache.exceptions import ConfigError, UsersUnknownError
+from nova_imagecache.exceptions import ConfigError, ImageCacheError, UsersUnknownError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -82,13 +82,19 @@ def ask(finder: UserFinder, bases: Sequence[BaseImage], found: dict[str, list[Di
     Raises:
         UsersUnknownError: it cannot tell, or failed.
     """
-    with _guard.translated(partial(_unknown, finder)):
-        for user in finder.find(bases):
-            found.setdefault(user.image_id, []).append(user)
+    try:
+        with _guard.translated(partial(_unknown, finder)):
+            for user in finder.find(bases):
+                found.setdefault(user.image_id, []).append(user)
+    except UsersUnknownError:
+        raise
+    except ImageCacheError as err:  # a finder may ask a storage, or another cache
+        raise _unknown(finder, err.summary()) from err
 
 
 def _unknown(finder: UserFinder, text: str) -> UsersUnknownError:
-    return UsersUnknownError(f"finder {finder.name} cannot tell: {text}")
+    name = getattr(finder, "name", type(finder).__name__)
+    return UsersUnknownError(f"finder {name} cannot tell: {text}")
 
 
 def users_of(backend: Backend, finders: Sequence[UserFinder], base: BaseImage) -> list[DiskUser]:

@@ -109,6 +109,40 @@ def test_two_hosts_publish_at_once(ceph: CephCluster, two_users: tuple[str, str]
         _is_of_the_base(ceph, f"vm-{number}_disk")
 
 
+_ASKER = """
+import sys
+from nova_imagecache.testing import FakeSource
+get = FakeSource.get
+def held(self, image_id):
+    image = get(self, image_id)
+    print("asked", flush=True)
+    sys.stdin.readline()
+    return image
+FakeSource.get = held
+"""
+
+
+def test_one_host_publishes_while_another_asks(ceph: CephCluster, two_users: tuple[str, str], tmp_path: Path) -> None:
+    """What the first published, and uses already, is what the second makes its disk of; it fetches nothing."""
+    with contextlib.ExitStack() as life:
+        codes = (_ASKER + _HOST, _HOST)
+        slow, quick = [
+            life.enter_context(Host(code, pool.spec(ceph, tmp_path / user, user=user)))
+            for code, user in zip(codes, two_users, strict=True)
+        ]
+        assert (slow.hear(), quick.hear()) == ("ready", "ready")
+        slow.say("vm-0")
+        assert slow.hear() == "asked"
+        quick.say("vm-1")
+        assert json.loads(quick.hear()) == ["img", 1]
+        slow.say("go")
+        assert json.loads(slow.hear()) == ["img", 0]
+        assert [slow.end(), quick.end()] == [0, 0]
+    assert pool.names(ceph) == ["base.img", "vm-0_disk", "vm-1_disk"]
+    for number in range(2):
+        _is_of_the_base(ceph, f"vm-{number}_disk")
+
+
 def _is_of_the_base(ceph: CephCluster, name: str) -> None:
     with pool.opened(ceph, name) as image:
         assert image.read(0, 12 * MIB) == raw("hosts", 8 * MIB).guest + bytes(4 * MIB)

@@ -60,6 +60,16 @@ def test_what_nobody_may_have_is_not_adopted(tmp_path: Path, image: FakeImage, r
     assert list(cache.bases()) == []
 
 
+def test_a_size_that_nobody_announced_is_held_against_the_cap(tmp_path: Path) -> None:
+    """When it is adopted, and whenever it is found again; nobody gets a disk of it."""
+    cache, source = make_cache(tmp_path, FakeImage(data=DATA, size=None), max_virtual_size=MIB)
+    for _attempt in range(2):
+        with pytest.raises(ImageRejectedError, match=f"virtual size {len(DATA)} is above max_virtual_size {MIB}"):
+            cache.create_root_disk("img", "vm", size=4 * MIB)
+    assert list(cache.root_disks()) == []
+    assert source.bytes_served == 0
+
+
 def test_adopted_bytes_are_not_downloaded_to_be_compared(tmp_path: Path) -> None:
     """A base without a digest stands where other bytes were to go: that is told before the first of them comes."""
     cache, source = make_cache(tmp_path, FakeImage(data=DATA, digest=None))

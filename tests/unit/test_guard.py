@@ -6,20 +6,24 @@ import errno
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nova_imagecache import BackendPaths, CacheConfig, ImageCache
 from nova_imagecache._guard import GuardedBackend, GuardedSource, GuardedWriter
 from nova_imagecache._models import BaseImage, BaseRecord, FileLocation, ImageInfo, Retired
 from nova_imagecache.backends import Backend, BackendProperties, BaseWriter
+from nova_imagecache.backends.file import FileBackend
 from nova_imagecache.exceptions import (
     BackendError,
     BackendUnavailableError,
     BaseNotFoundError,
     ImageCacheError,
     ImageNotFoundError,
+    ImageRejectedError,
     NoSpaceError,
     SourceError,
 )
@@ -326,6 +330,100 @@ def test_what_the_reader_raises_is_its_own() -> None:
     with pytest.raises(KeyError, match="mine"):
         read(GuardedSource(source), mine)
     assert source.closed.is_set()
+
+
+@pytest.mark.parametrize("verdict", [ImageRejectedError("hostile"), KeyError("mine"), KeyboardInterrupt()], ids=repr)
+def test_a_close_that_fails_hides_no_verdict(verdict: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    """What ended the reading is told; what closing raised is logged."""
+
+    class Reset(Source):
+        @contextmanager
+        def _context(self) -> Iterator[Iterator[bytes]]:
+            try:
+                yield self._chunks()
+            finally:
+                raise ConnectionResetError("reset at close")
+
+    def refuse() -> None:
+        raise verdict
+
+    with pytest.raises(type(verdict)) as caught:
+        read(GuardedSource(Reset(None, "")), refuse)
+    assert caught.value is verdict
+    [record] = caplog.records
+    assert "source mine failed in close: ConnectionResetError: reset at close" in record.getMessage()
+
+
+class Answering(Source):
+    """Answers what it is told to."""
+
+    def __init__(self, answer: object, chunks: object = ()) -> None:
+        super().__init__(None, "")
+        self._answer: Any = answer
+        self._served: Any = chunks
+
+    def get(self, _image_id: str) -> ImageInfo:
+        return self._answer  # type: ignore[no-any-return]  # that is the point
+
+    def with_locations(self, _image: ImageInfo) -> ImageInfo:
+        return self.get("img")
+
+    def copy_to_store(self, _image: ImageInfo, _store: str, _check: Callable[[], None]) -> ImageInfo:
+        return self.get("img")
+
+    def _chunks(self) -> Iterator[bytes]:
+        yield from self._served
+
+
+WRONG: list[tuple[object, str]] = [
+    (None, "a NoneType, not an ImageInfo"),
+    ({"image_id": "img"}, "a dict, not an ImageInfo"),
+    (replace(IMAGE, image_id="../../x"), "another image, '../../x'"),
+    (replace(IMAGE, image_id="IMG"), "another image, 'IMG'"),
+    (replace(IMAGE, size="4096"), "whose size cannot"),  # type: ignore[arg-type]  # as are those that follow
+    (replace(IMAGE, size=-1, min_disk=None), "whose size, min_disk cannot"),  # type: ignore[arg-type]
+    (replace(IMAGE, digest="sha512:00"), "whose digest cannot"),  # type: ignore[arg-type]
+    (replace(IMAGE, disk_format=None), "whose disk_format cannot"),  # type: ignore[arg-type]
+    (replace(IMAGE, locations="rbd://f/p/i/s"), "whose locations cannot"),  # type: ignore[arg-type]
+    (replace(IMAGE, stores=None), "whose stores cannot"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("answer", "words"), WRONG, ids=[words for _answer, words in WRONG])
+def test_an_answer_that_cannot_be_used_is_a_source_error(answer: object, words: str) -> None:
+    """Whichever call it is to; it names the source."""
+    source = GuardedSource(Answering(answer))
+    calls: dict[str, Callable[[], object]] = {
+        "get": lambda: source.get("img"),
+        "with_locations": lambda: source.with_locations(IMAGE),
+        "copy_to_store": lambda: source.copy_to_store(IMAGE, "store", lambda: None),
+    }
+    for stage, call in calls.items():
+        with pytest.raises(SourceError, match="source mine answered with") as caught:
+            call()
+        assert words in caught.value.detail
+        assert (caught.value.image_id, caught.value.stage) == ("img", stage)
+
+
+@pytest.mark.parametrize("chunk", ["text", None, 4096], ids=str)
+def test_chunks_that_are_no_bytes_are_a_source_error(chunk: object) -> None:
+    """They are not laid at the storage's door."""
+    with pytest.raises(SourceError, match=f"source mine gave a {type(chunk).__name__} for bytes"):
+        read(GuardedSource(Answering(IMAGE, [b"a", chunk])))
+
+
+def test_another_image_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Neither under the id that was asked for nor under the other, which might lead out of the root."""
+    cache = ImageCache(
+        CacheConfig(root=tmp_path / "a" / "root", backend="file"),
+        source=Answering(replace(IMAGE, image_id="../../x", size=512), [bytes(512)]),
+        backend=FileBackend({}, BackendPaths(root=tmp_path / "a" / "root", disks_dir=tmp_path / "a" / "disks")),
+    )
+    with pytest.raises(SourceError, match="another image"):
+        cache.create_root_disk("img", "vm")
+    assert list(cache.bases()) == []
+    assert not list(tmp_path.rglob("*x"))
+    assert list(cache.root_disks()) == []
 
 
 def test_a_good_source_is_only_read() -> None:

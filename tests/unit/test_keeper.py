@@ -675,3 +675,16 @@ def test_room_that_another_takes_is_made_again(rig: Rig) -> None:
         first.result(60)
     thief.close()
     assert names(rig.cache()) == {"img-2", "img-3"}
+
+
+def test_full_while_other_bytes_are_replaced(rig: Rig) -> None:
+    """Others fill the storage after the old bytes went: room is made, and the new ones are fetched once more."""
+    clock = Clock()
+    open_cache(rig, clock).ensure_bases(["img-0", "img-1"])
+    clock.move(DAY)
+    rig.samples["img-0"] = dense("kept anew")
+    cache = open_cache(rig, clock)
+    with FaultPlan().fail("fs.rename", match="bases/img-0", nth=2):  # the first takes the old bytes away
+        base = cache.ensure_base("img-0", expect=rig.samples["img-0"].digest)
+    assert base.digest == rig.samples["img-0"].digest
+    assert names(cache) == {"img-0"}

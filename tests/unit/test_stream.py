@@ -151,3 +151,27 @@ def test_waiting_is_checked_while_nothing_comes() -> None:
             list(pieces)
     finally:
         release.set()
+
+
+def test_a_source_of_empty_chunks_is_left() -> None:
+    """Its thread ends with the stream, although no byte ever comes."""
+    given = threading.Event()
+
+    class Empty(FakeSource):
+        @contextmanager
+        def open(self, image: ImageInfo, offset: int = 0) -> Iterator[Iterator[bytes]]:
+            def chunks() -> Iterator[bytes]:
+                while not given.wait(0.001):
+                    yield b""
+
+            yield chunks()
+
+    empty = Empty()
+    empty.add("img", FakeImage(data=DATA))
+    before = set(threading.enumerate())
+    try:
+        with stream(empty):
+            pass
+        until(lambda: set(threading.enumerate()) <= before, "the threads to end")
+    finally:
+        given.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from harness.rig import Rig
 from harness.upkeep import open_cache
 from nova_imagecache import BaseImage, BaseInUseError, DiskUser
 from nova_imagecache._users import count
+from nova_imagecache.exceptions import BackendUnavailableError, DiskNotFoundError, UsersUnknownError
 from nova_imagecache.finders import DiskDirectories, ImagesInUse
 
 SIZE = 4 * MIB
@@ -109,6 +111,56 @@ def test_a_plan_counts_a_disk_once(rig: Rig) -> None:
     )
     [item] = cache.plan_cleanup().items
     assert item.users == 3
+
+
+class _Failing:
+    """A finder that tells of nobody, and from its second look on raises an error."""
+
+    name = "failing"
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+        self._looks = 0
+
+    def find(self, _bases: Sequence[BaseImage]) -> list[DiskUser]:
+        self._looks += 1
+        if self._looks > 1:
+            raise self._error
+        return []
+
+
+FAILURES = [
+    BackendUnavailableError("the pool does not answer"),
+    DiskNotFoundError(disk_id="vm"),
+    OSError(errno.ENOSPC, "no room for a temporary file"),
+    OSError("the pipe broke"),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: str(error)[:20])
+def test_a_finder_that_fails_cannot_tell(rig: Rig, error: Exception) -> None:
+    """Whatever it raises: a base that is retired already comes back, and the report names the finder."""
+    cache = open_cache(rig, user_finders=[_Failing(error)])
+    cache.ensure_base("img")
+    report = cache.cleanup(cache.plan_cleanup(max_idle=0))
+    assert "finder failing cannot tell: " in report.kept["img"]
+    assert cache.get_base("img")
+    assert list((rig.root / "trash").iterdir()) == []
+    with pytest.raises(UsersUnknownError, match="finder failing"):
+        cache.remove_base("img")
+
+
+def test_a_finder_without_a_name_is_called_by_its_class(rig: Rig) -> None:
+    """One that a driver wrote in a hurry."""
+
+    class Hasty:
+        def find(self, _bases: Sequence[BaseImage]) -> list[DiskUser]:
+            raise OSError("broken")
+
+    cache = open_cache(rig, user_finders=[Hasty()])  # type: ignore[list-item]  # that is the point
+    cache.ensure_base("img")
+    [item] = cache.plan_cleanup(max_idle=0).items
+    assert "finder Hasty cannot tell: OSError: broken" in item.reason
 
 
 def test_a_late_user_is_counted_at_the_second_look(rig: Rig) -> None:

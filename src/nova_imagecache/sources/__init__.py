@@ -54,7 +54,8 @@ class ImageSource(Protocol):
     def get(self, image_id: str) -> ImageInfo:
         """What is known of the image before reading it: one request, no data.
 
-        An image that exists but is not active is returned with its status; the caller refuses it.
+        An image that exists but is not active is returned with its status; the caller refuses it. Its ``image_id`` is
+        the one that was asked for.
 
         Raises:
             ImageNotFoundError: there is no such image for this caller.
