@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.services
 
 MIB = 2**20
 WRITTEN = b"written by the guest"
+LATER = b"written by it later!"
 AT = 3 * MIB
 
 
@@ -167,6 +169,72 @@ def test_a_disk_that_was_replaced_goes(
     assert ("trash/vm_disk" in report.removed) is not older
     assert ("trash/vm_disk" in pool.names(ceph)) is older
     assert guests(ceph) == WRITTEN
+
+
+@pytest.mark.parametrize("step", ["trash_restore", "trash_remove"])
+def test_a_disk_that_is_removed_does_not_come_back(
+    ceph: CephCluster, cache: ImageCache, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The old disk goes as well, whether attaching ended before the new one had the name or just before the end."""
+    with monkeypatch.context() as outage:
+        stop_before(outage, step)
+        with pytest.raises(BackendUnavailableError):
+            cache.attach_root_disk("img", "vm")
+    cache.remove_root_disk("vm")
+    assert [name for name in pool.names(ceph) if "vm" in name] == []
+    assert cache.recover().restored == ()
+    assert list(cache.root_disks()) == []
+    cache.create_root_disk("img", "vm", size=4 * MIB)
+    assert guests(ceph) == bytes(len(WRITTEN))
+
+
+@pytest.mark.parametrize("step", ["trash_move", "trash_remove"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_removal_of_both_that_ends_half_way(
+    ceph: CephCluster, cache: ImageCache, monkeypatch: pytest.MonkeyPatch, step: str, number: int
+) -> None:
+    """Whatever is left then, recover gives no name to the disk of before."""
+    with monkeypatch.context() as outage:
+        stop_before(outage, "trash_remove")
+        with pytest.raises(BackendUnavailableError):
+            cache.attach_root_disk("img", "vm")
+    with pool.opened(ceph, "vm_disk") as image:
+        new = image.id()
+    with monkeypatch.context() as outage:
+        stop_before(outage, step, number)
+        with contextlib.suppress(BackendUnavailableError):
+            cache.remove_root_disk("vm")
+    assert cache.recover().restored == ()
+    if "vm_disk" in pool.names(ceph):
+        with pool.opened(ceph, "vm_disk") as image:
+            assert image.id() == new
+    cache.remove_root_disk("vm")
+    assert [name for name in pool.names(ceph) if "vm" in name] == []
+
+
+@pytest.mark.parametrize("end", ["recover", "remove"])
+def test_a_disk_that_was_replaced_twice(
+    ceph: CephCluster, cache: ImageCache, backend: RbdBackend, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Of the two that wait in the trash the later one is the disk; removing it takes both."""
+    for step in ("trash_remove", "trash_restore"):
+        with monkeypatch.context() as outage:
+            stop_before(outage, step)
+            with pytest.raises(BackendUnavailableError):
+                cache.attach_root_disk("img", "vm")
+        if step == "trash_remove":
+            with pool.opened(ceph, "vm_disk", read_only=False) as image:
+                image.write(LATER, AT)
+            backend.quarantine_base(cache.get_base("img"))
+            cache.ensure_base("img")
+    assert pool.names(ceph).count("trash/vm_disk") == 2
+    if end == "recover":
+        report = cache.recover()
+        assert (report.restored.count("trash/vm_disk"), report.failed) == (1, {})
+        assert guests(ceph) == LATER
+    cache.remove_root_disk("vm")
+    cache.recover()
+    assert pool.names(ceph) == ["base.img"]
 
 
 def _forget_successor(ceph: CephCluster) -> None:
