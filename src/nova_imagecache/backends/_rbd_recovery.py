@@ -151,10 +151,12 @@ class RecoverableRbd(AttachableDisks):
         going = _rbd_going.load(mark)
         if entry.moved_at - going.at > _PROMPT:
             return
-        if _rbd_look.is_watched(self.store.io, entry.image_id):
+        named = self.store.id_of(entry.name)
+        # a successor without the name is open while it is made
+        coming = [going.by] if going.by is not None and going.by != named else []
+        if any(_rbd_look.is_watched(self.store.io, rbd_id) for rbd_id in (entry.image_id, *coming)):
             notes.alive.append(f"trash/{entry.name}")
             return
-        named = self.store.id_of(entry.name)
         if going.why == "replaced" and not self._has_had(entry.name, going.by):
             if named in (None, entry.image_id):
                 self._put_back(entry.image_id, entry.name)
