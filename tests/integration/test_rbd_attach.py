@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -244,13 +244,16 @@ def test_a_disk_that_was_replaced_twice(
 
 
 def _forget_successor(ceph: CephCluster) -> None:
+    _mark(ceph, lambda mark: json.dumps({key: value for key, value in json.loads(mark).items() if key != "by"}))
+
+
+def _mark(ceph: CephCluster, change: Callable[[str], str]) -> None:
+    """Change the mark of the disk that waits in the trash."""
     _, rbd = bindings()
     with ceph.pool("vms") as ioctx:
         [rbd_id] = [one["id"] for one in rbd.RBD().trash_list(ioctx) if one["name"] == "vm_disk"]
         with rbd.Image(ioctx, image_id=rbd_id) as image:
-            mark = json.loads(image.metadata_get(GOING))
-            del mark["by"]
-            image.metadata_set(GOING, json.dumps(mark))
+            image.metadata_set(GOING, change(image.metadata_get(GOING)))
 
 
 def test_a_call_that_ends_while_it_copies(
@@ -277,6 +280,22 @@ def test_a_call_that_ends_while_it_copies(
         assert image.id() == before
     assert guests(ceph) == WRITTEN
     assert [name for name in pool.names(ceph) if "staging." in name] == []
+
+
+def test_a_mark_that_cannot_be_read(
+    ceph: CephCluster, cache: ImageCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is marked like that keeps no disk of its name from being made or removed; it stays, and recover says so."""
+    with monkeypatch.context() as outage:
+        stop_before(outage, "trash_restore")
+        with pytest.raises(BackendUnavailableError):
+            cache.attach_root_disk("img", "vm")
+    _mark(ceph, lambda _: "{")
+    cache.create_root_disk("img", "vm", size=4 * MIB)
+    assert "cannot be read" in caplog.text
+    cache.remove_root_disk("vm")
+    assert [name for name in pool.names(ceph) if "vm" in name] == ["trash/vm_disk"]
+    assert cache.recover().failed.keys() == {"trash/vm_disk"}
 
 
 def test_no_guest_starts_while_it_copies(ceph: CephCluster, cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:

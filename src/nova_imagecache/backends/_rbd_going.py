@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -16,6 +17,8 @@ from nova_imagecache.backends._rbd_store import GOING
 if TYPE_CHECKING:
     from nova_imagecache.backends._rados import Ioctx
     from nova_imagecache.backends._rbd_store import Store
+
+_log = logging.getLogger(__name__)
 
 _WHYS: Final[dict[str, Literal["removed", "replaced"]]] = {"removed": "removed", "replaced": "replaced"}
 
@@ -58,13 +61,19 @@ def load(text: str) -> Going:
 def replaced(ioctx: Ioctx, name: str) -> dict[str, str | None]:
     """The "replaced" disks of that name in the trash, which is listed for that: RBD ids, and those of their successors.
 
-    Raises:
-        BackendError: a mark cannot be read.
+    One whose mark cannot be read is left out: ``recover`` tells of it, and nothing happens to it.
     """
     found = {}
     for entry in _rbd_look.trash(ioctx):
         text = _rbd_look.metadata_of(ioctx, entry.image_id, GOING) if entry.name == name else None
-        if text is not None and (mark := load(text)).why == "replaced":
+        if text is None:
+            continue
+        try:
+            mark = load(text)
+        except BackendError as err:
+            _log.warning("disk %s, RBD id %s in the trash: %s", name, entry.image_id, err)
+            continue
+        if mark.why == "replaced":
             found[entry.image_id] = mark.by
     return found
 
