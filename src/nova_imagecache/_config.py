@@ -74,7 +74,7 @@ class CacheConfig:
         source_options: handed to the source, which checks them.
         max_idle: how long a base that nobody uses stays.
         remove_unused: False: no base goes by itself: cleanup only observes, and nothing is evicted to make room.
-        lock_timeout: how long to wait for somebody who makes no progress.
+        lock_timeout: how long to wait for somebody who makes no progress, and for another host's import into Ceph.
         max_virtual_size: the largest virtual size of an image, bytes; None: no limit.
         max_bytes: what all bases together may take, bytes; None: no limit.
         min_free_bytes: what a fetch leaves free on the storage.

@@ -161,6 +161,7 @@ class Fetcher:
             waited = time.monotonic() - began
             if waited > self.config.lock_timeout.total_seconds():
                 timeout = LockTimeoutError(f"another host's import of image {image_id}", waited, image_id=image_id)
+                timeout.detail = f"waited {waited:.1f} s for {timeout.path}, whose progress cannot be seen from here"
                 timeout.todo = "See what the other hosts are at, or raise lock_timeout"
                 raise timeout
             self._sleep(pause, watch)

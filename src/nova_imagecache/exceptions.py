@@ -416,7 +416,10 @@ class DiskTooSmallError(ImageCacheError):
 
 
 class LockTimeoutError(ImageCacheError, TimeoutError):
-    """Somebody else works on the same thing and made no progress for ``waited`` seconds. ``path`` is the lock."""
+    """Somebody else works on the same thing and made no progress for ``waited`` seconds. ``path`` is the lock.
+
+    Of another host's import into a pool of Ceph no progress is seen: that alone is waited for for so long at most.
+    """
 
     retryable = True
     exit_code = EX_TEMPFAIL

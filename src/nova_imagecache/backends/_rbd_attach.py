@@ -17,7 +17,7 @@ from nova_imagecache.backends import (
     _rbd_going,
     _rbd_look,
 )
-from nova_imagecache.backends._rados_errors import ExistsError, NotThereError, error_of
+from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError, error_of
 from nova_imagecache.backends._rbd_disks import RbdDisks
 from nova_imagecache.backends._rbd_store import disk_name
 
@@ -75,26 +75,41 @@ class AttachableDisks(RbdDisks):
         with self.store.staging(final) as staging:
             new = None
             try:
-                new = self._clone(base, staging, final, disk.virtual_size)
                 with _rbd_look.opened_by_id(self.store.io, old) as source:
                     _refuse_used(source, disk)
-                    with _rados.changing(self.store.io, image_id=new) as target:
-                        _copy_differences(source, target, self.store.longest)
-                self._swap(old, new, staging, final)
+                new = self._clone(base, staging, final, disk.virtual_size)
+                self._swap(old, new, staging, disk)
             except BaseException:
                 self.store.drop(new or self.store.id_of(staging), staging, final)
                 raise
-        with suppress(NotThereError):
-            _rados.trash_remove(self.store.io, old)
-
-    def _swap(self, old: str, new: str, staging: str, final: str) -> None:
         try:
-            self._take_out(old, final, _rbd_going.going(by=new))
+            with suppress(NotThereError):
+                self.store.patiently(lambda: _rados.trash_remove(self.store.io, old))
+        except BusyError as err:
+            detail = "the root disk is attached, but somebody has open what it was before"
+            todo = "Call recover later, which removes that"
+            raise DiskInUseError(detail, disk_id=disk.disk_id, name=disk.name, stage="attach", todo=todo) from err
+
+    def _swap(self, old: str, new: str, staging: str, disk: RootDisk) -> None:
+        final = disk_name(disk.disk_id, disk.name)
+        try:
+            # open for writing all the time, so that others see that the old one waits for it
+            with _rados.changing(self.store.io, image_id=new) as target:
+                # before anything is read: without a name nobody opens it any more
+                self._take_out(old, final, _rbd_going.going(by=new))
+                with _rbd_look.opened_by_id(self.store.io, old) as source:
+                    _refuse_used(source, disk)
+                    if (size := source.size()) != disk.virtual_size:  # another host has grown it
+                        _rados.resize(target, size)
+                    _copy_differences(source, target, self.store.longest)
+                    _refuse_used(source, disk)  # who had found the name just before it went
             self.store.publish(new, staging, final)
-        except BaseException:
+        except BaseException as err:
             # nobody but us was told that it worked: the disk is the old one again
             with suppress(ExistsError):
                 self._put_back(old, final)
+            if isinstance(err, BusyError):
+                raise DiskInUseError(err.detail, disk_id=disk.disk_id, name=disk.name, stage="attach") from err
             raise
 
 

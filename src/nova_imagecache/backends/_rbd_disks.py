@@ -59,19 +59,15 @@ class RbdDisks(RbdBases):
 
     def _refuse_replaced(self, image_id: str, disk_id: str, name: str) -> None:
         """A disk whose attaching has not come to its end has no name, and is there all the same."""
-        for entry in _rbd_look.trash(self.store.io):
-            if entry.name != disk_name(disk_id, name):
-                continue
-            mark = _rbd_look.metadata_of(self.store.io, entry.image_id, GOING)
-            if mark is not None and _rbd_going.load(mark).why == "replaced":
-                raise DiskExistsError(
-                    "the disk exists: attaching it to another base has not ended, and it waits in the pool's trash",
-                    image_id=image_id,
-                    disk_id=disk_id,
-                    name=name,
-                    stage="clone",
-                    todo="Call recover, which gives it its name back once nobody has it open, and then again",
-                )
+        if _rbd_going.replaced(self.store.io, disk_name(disk_id, name)):
+            raise DiskExistsError(
+                "the disk exists: attaching it to another base has not ended, and it waits in the pool's trash",
+                image_id=image_id,
+                disk_id=disk_id,
+                name=name,
+                stage="clone",
+                todo="Call recover, which gives it its name back once nobody has it open, and then again",
+            )
 
     def _clone(self, base: BaseImage, staging: str, final: str, size: int) -> str:
         """A clone of the base under a staging name, ``size`` bytes long, with its record; its id.
@@ -246,6 +242,12 @@ class RbdDisks(RbdBases):
 
     def remove_root_disk(self, disk_id: str, name: str) -> None:
         final, rbd_id = disk_name(disk_id, name), ""
+        try:
+            # first of all: without its successor recover would give it the name back
+            _rbd_going.remove_replaced(self.store, final)
+        except (BusyError, SnapshotsError) as err:
+            todo = "Remove its snapshots first" if isinstance(err, SnapshotsError) else None
+            raise DiskInUseError(err.detail, disk_id=disk_id, name=name, stage="remove", todo=todo) from err
         try:
             rbd_id = self.store.patiently(lambda: self._unused(disk_id, name))
             self._take_out(rbd_id, final, _rbd_going.going())

@@ -215,6 +215,15 @@ def watchers(image: Any) -> list[str]:
         return [f"client {one['id']} at {one['addr']}" for one in image.watchers_list()]
 
 
+def is_watched(ioctx: Ioctx, image_id: str) -> bool:
+    """Whether somebody has the image of that id open for writing."""
+    try:
+        with opened_by_id(ioctx, image_id) as image:
+            return bool(watchers(image))
+    except NotThereError:
+        return False
+
+
 def watching(image: Any) -> set[int]:
     """The numbers of the clients that have the image open for writing."""
     with answers("list watchers"):

@@ -90,7 +90,7 @@ class RecoverableRbd(AttachableDisks):
 
     def _settle_unfinished(self, entry: Trashed, notes: _Notes) -> None:
         """Something that died between its two steps of publishing: finish the second, or drop it."""
-        if self.store.owner.is_alive(entry.name) or self._watched(entry.image_id):
+        if self.store.owner.is_alive(entry.name) or _rbd_look.is_watched(self.store.io, entry.image_id):
             notes.alive.append(f"trash/{entry.name}")
         elif self.store.drop(entry.image_id, entry.name, self._note(entry.image_id, FINAL)):
             notes.removed.append(f"trash/{entry.name}")
@@ -151,19 +151,27 @@ class RecoverableRbd(AttachableDisks):
         going = _rbd_going.load(mark)
         if entry.moved_at - going.at > _PROMPT:
             return
-        if self._watched(entry.image_id):
+        named = self.store.id_of(entry.name)
+        # a successor without the name is open while it is made
+        coming = [going.by] if going.by is not None and going.by != named else []
+        if any(_rbd_look.is_watched(self.store.io, rbd_id) for rbd_id in (entry.image_id, *coming)):
             notes.alive.append(f"trash/{entry.name}")
             return
-        named = self.store.id_of(entry.name)
-        if going.why == "replaced" and named in (None, entry.image_id):
-            self._put_back(entry.image_id, entry.name)
-            notes.restored.append(f"trash/{entry.name}")
-            return
-        if going.why == "replaced" and named != going.by:
-            raise _usurped(entry)
+        if going.why == "replaced" and not self._has_had(entry.name, going.by):
+            if named in (None, entry.image_id):
+                self._put_back(entry.image_id, entry.name)
+                notes.restored.append(f"trash/{entry.name}")
+                return
+            if named != going.by:
+                raise _usurped(entry)
         if named == entry.image_id:
             _rados.trash_move(self.store.io, entry.name, 0)
         self._empty_disk(entry, notes)
+
+    def _has_had(self, name: str, successor: str | None) -> bool:
+        """Whether the successor of a replaced disk has had its name, and is on its way out itself."""
+        found = None if successor is None else _rbd_look.trash_entry(self.store.io, successor)
+        return found is not None and found.name == name
 
     def _empty_disk(self, entry: Trashed, notes: _Notes) -> None:
         try:
@@ -240,13 +248,6 @@ class RecoverableRbd(AttachableDisks):
                 return _rbd_look.metadata(image, key)
         except NotThereError:
             return None
-
-    def _watched(self, rbd_id: str) -> bool:
-        try:
-            with _rbd_look.opened_by_id(self.store.io, rbd_id) as image:
-                return bool(_rbd_look.watchers(image))
-        except NotThereError:
-            return False
 
 
 def _usurped(entry: Trashed) -> BackendError:
