@@ -112,12 +112,13 @@ def test_a_link_without_its_disk_and_record_is_ours(group: str | None, mask: int
         os.umask(before)
 
 
-def test_a_link_of_a_base_that_was_made_ours_again_is_ours(open_path: Path, in_child: InChild) -> None:
+def test_a_link_of_a_base_that_was_made_ours_again_is_ours(open_path: Path) -> None:
     """Its file is a copy, with the mode of the old one."""
-    open_path.chmod(0o777)
     rig = Rig(open_path, "link", {"img": images.raw("recovered")})
-    in_child(lambda: rig.cache().ensure_base("img") and None, unprivileged=True)
     cache = rig.cache()
+    cache.ensure_base("img")
+    if os.geteuid() == 0:
+        os.chown(rig.root / "bases" / "img" / "disk", 65534, 65534)
     assert cache.repair_base("img") is (os.geteuid() == 0)
     cache.create_root_disk("img", "vm", size=SIZE)
     for name in ("disk", "disk.json"):

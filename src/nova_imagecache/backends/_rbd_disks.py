@@ -109,12 +109,22 @@ class RbdDisks(RbdBases):
                 # made when clones were of format 2, asked for when they are of format 1
                 if not base.managed:
                     raise
-                # BusyError: it is protected by now, for another disk
-                with _rados.changing(self.store.io, name=parent) as image, suppress(BusyError):
-                    _rados.protect(image, snapshot)
+                self._protect(parent, snapshot)
                 _rados.clone(source, parent, snapshot, self.store.io, staging, features=features)
         except NotThereError as err:
             raise BaseNotFoundError("the base went away meanwhile", image_id=base.image_id, stage="clone") from err
+
+    def _protect(self, parent: str, snapshot: str) -> None:
+        """Protect a base's snapshot, if nobody else has. One at a time: librbd may abort the process where several open
+        an image for writing that one of them protects."""
+        if (rbd_id := self.store.id_of(parent)) is None:
+            raise NotThereError(f"{parent} is gone")
+        with self.store.claimed(rbd_id, "protecting it"):
+            with _rbd_look.opened_by_id(self.store.io, rbd_id) as image:
+                if _rbd_look.is_protected(image, snapshot):
+                    return
+            with _rados.changing(self.store.io, image_id=rbd_id) as image, suppress(BusyError):
+                _rados.protect(image, snapshot)
 
     def _still_there(self, base: BaseImage, clone: Image) -> None:
         """See that the clone's parent is the base that was given, and still has its name."""
