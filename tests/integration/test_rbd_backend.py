@@ -323,8 +323,16 @@ def test_clones_of_format_1(ceph: CephCluster, tmp_path: Path) -> None:
     assert pool.names(ceph) == []
 
 
-def test_first_disks_of_format_1(ceph: CephCluster, tmp_path: Path) -> None:
-    """Of a base that was made when clones were of format 2: of many that find it unprotected each makes its disk."""
+def test_first_disks_of_format_1(ceph: CephCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a base that was made when clones were of format 2: of many that find it unprotected each makes its disk, and
+    one opens the base to protect it."""
+    protect, protected = _rados.protect, []
+
+    def counted(image: Any, snapshot: str) -> None:
+        protected.append(snapshot)
+        protect(image, snapshot)
+
+    monkeypatch.setattr(_rados, "protect", counted)
     conf = tmp_path / "ceph.conf"
     conf.write_text(ceph.conf.read_text().replace("[client]\n", "[client]\nrbd default clone format = 1\n"))
     source = FakeSource({"img": raw("one").fake})
@@ -344,6 +352,7 @@ def test_first_disks_of_format_1(ceph: CephCluster, tmp_path: Path) -> None:
             list(threads.map(make, range(8)))
         with pool.opened(ceph, "base.img") as image:
             assert len(_rbd_look.children(image)) == 8
+        assert protected == ["base"]
         for number in range(8):
             hosts[0].remove_root_disk(f"vm-{number}")
         hosts[0].remove_base("img")
