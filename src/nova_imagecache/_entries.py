@@ -184,17 +184,25 @@ def held(path: Path) -> Iterator[bool]:
                 _fs.mkdir(path, 0o755)
         if (held_ := hold(path, wait=True, follow=True)) is not None:
             break
-        if os.path.lexists(path) and not path.is_dir():
-            raise no_directory(path)
+        refuse_other(path)
     try:
         yield made
     finally:
         held_.release()
 
 
-def no_directory(path: Path) -> NotADirectoryError:
-    """What is said of a name that is taken by a file, or by a symbolic link that leads nowhere."""
-    return NotADirectoryError(errno.ENOTDIR, "it should be a directory, or lead to one", str(path))
+def refuse_other(path: Path) -> None:
+    """Pass where a directory has the name, or nothing, also while others make and remove it.
+
+    Raises:
+        NotADirectoryError: a file has it, or a symbolic link that leads nowhere.
+    """
+    try:
+        mode = path.lstat().st_mode  # one look: between two of them a directory comes or goes
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(mode) and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "it should be a directory, or lead to one", str(path))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.children import child
 from nova_imagecache import _entries, _fs
 from nova_imagecache.exceptions import CancelledError, LockTimeoutError
 from nova_imagecache.testing import FaultPlan
@@ -240,6 +241,36 @@ def test_a_directory_removed_while_one_waits_is_not_held(tmp_path: Path) -> None
     first.release()
     thread.join(10)
     assert got == [None]
+
+
+def test_what_has_the_name_of_a_directory_is_refused(tmp_path: Path) -> None:
+    """A file and a link to nothing are; a directory, a link to one and a free name are not."""
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to("none")
+    (tmp_path / "to-file").symlink_to("file")
+    (tmp_path / "to-directory").symlink_to(".")
+    for name in ("file", "nowhere", "to-file"):
+        with pytest.raises(NotADirectoryError, match=name):
+            _entries.refuse_other(tmp_path / name)
+    for name in ("to-directory", "free", "."):
+        _entries.refuse_other(tmp_path / name)
+
+
+def test_a_directory_that_comes_and_goes_is_not_refused(tmp_path: Path) -> None:
+    """Whenever one looks: another process makes and removes disks of this id all the time."""
+    path = tmp_path / "vm"
+    over = tmp_path / "over"
+
+    def come_and_go() -> None:
+        while not over.exists():
+            path.mkdir()
+            path.rmdir()
+
+    with child(come_and_go) as other:
+        for _look in range(20_000):
+            _entries.refuse_other(path)
+        over.touch()
+        other.result()
 
 
 def test_a_held_block_makes_its_directory_again(tmp_path: Path) -> None:

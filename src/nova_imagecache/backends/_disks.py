@@ -246,8 +246,7 @@ class FileDisks(TiedDisks):
         directory = self._directory(disk_id)
         held = _entries.hold(directory, wait=True, follow=True)
         if held is None:
-            if os.path.lexists(directory) and not directory.is_dir():  # its storage may not be mounted
-                raise _entries.no_directory(directory)
+            _entries.refuse_other(directory)  # its storage may not be mounted
             self._drop_references_by_name(disk_id, name)
             return
         try:
