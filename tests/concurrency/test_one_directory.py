@@ -95,3 +95,23 @@ def test_lock_timeout_is_the_configured_one(
     assert caught.value.path == str(rig.disks / "vm")
     copying()
     rig.check_tidy("given up")
+
+
+def test_the_last_other_reference_may_go_while_a_disk_is_attached(tmp_path: Path) -> None:
+    """Two disks referred to one base by its path; one is attached elsewhere, the other removed meanwhile."""
+    same = images.raw("the same bytes")
+    rig = Rig(tmp_path, "path", {"img": same, "twin": same})
+    cache = rig.cache()
+    cache.ensure_base("twin")
+    for disk_id in ("vm", "neighbour"):
+        cache.create_root_disk("img", disk_id, size=SIZE)
+    plan = FaultPlan()
+    forgetting = plan.pause("fs.fsync_dir", match="users/img")
+    with plan, ThreadPoolExecutor(1) as pool:
+        attaching = pool.submit(rig.cache().attach_root_disk, "twin", "vm")
+        forgetting.wait()
+        rig.cache().remove_root_disk("neighbour")
+        forgetting.release()
+        assert attaching.result(60).image_id == "twin"
+    rig.check("attached")
+    rig.check_tidy("attached")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -62,10 +63,9 @@ class TiedDisks(EndingReferences):
             if now.reference != "path" or image_id != now.image_id:
                 self._drop_path_reference(replace(record, image_id=image_id), disk_id, name)
                 # before the record forgets that there was one
-                if self._users.is_dir():
-                    _fs.fsync_dir(self._users)
-                if (users := self.user_record(image_id, disk_id, name).parent).is_dir():
-                    _fs.fsync_dir(users)
+                for directory in (self.user_record(image_id, disk_id, name).parent, self._users):
+                    with suppress(FileNotFoundError):  # none made yet, or the last other disk took it along
+                        _fs.fsync_dir(directory)
         link = self._directory(disk_id) / f"{name}.base"
         if now.reference != "link" and reader_of(link) is None:
             _fs.unlink(link)
