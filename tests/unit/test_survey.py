@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from harness import places
 from harness.images import MIB
 from harness.rig import Rig
 from harness.upkeep import dense
-from nova_imagecache.backends import BackendPaths, Survey
+from nova_imagecache.backends import BackendPaths, BaseRecord, Survey
 from nova_imagecache.backends.qcow2 import Qcow2Backend
 
 IMAGES = {name: dense(f"surveyed {name}", 64 * 1024) for name in ("a", "b")}
@@ -68,3 +69,19 @@ def test_a_base_that_is_half_there_is_left_out(rig: Rig) -> None:
     (rig.root / "bases" / "c").mkdir()
     (rig.root / "bases" / "d").write_text("no directory")
     assert list(surveyed(rig)) == ["a"]
+
+
+def test_what_others_removed_is_forgotten(rig: Rig) -> None:
+    """A driver runs for months, and the passes of a timer remove what it once used: its memory does not grow."""
+    backend = Qcow2Backend({}, BackendPaths(root=rig.root, disks_dir=rig.disks))
+    before = _records_in_memory()
+    assert len(list(backend.survey())) == 2
+    assert _records_in_memory() == before + 2
+    (rig.root / "bases" / "b").rename(rig.root / "aside")
+    assert len(list(backend.survey())) == 1
+    assert _records_in_memory() == before + 1
+
+
+def _records_in_memory() -> int:
+    gc.collect()
+    return sum(isinstance(each, BaseRecord) for each in gc.get_objects())

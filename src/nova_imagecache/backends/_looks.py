@@ -113,6 +113,9 @@ class Looks:
         names = _entries.names(self._bases)
         for gone in set(self._left).difference(names) if self._left else ():
             self._left.pop(gone, None)
+        if len(self._parsed) > len(names):  # others removed them, and nobody asks for them any more
+            for gone in set(self._parsed).difference(names):
+                self._parsed.pop(gone, None)
         return names
 
     def _one(self, image_id: str, look: Callable[[str], _Found | None]) -> _Found | None:
