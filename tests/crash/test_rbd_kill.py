@@ -133,7 +133,7 @@ def test_half_states_of_the_trash(ceph: CephCluster, tmp_path: Path, state: int)
 
         rbd_id = backend.store.id_of("vm_disk")
         assert rbd_id is not None
-        backend._take_out(rbd_id, "vm_disk", _rbd_going.going())
+        _rbd_going.take_out(backend.store, rbd_id, "vm_disk", _rbd_going.going())
         _half(ceph, "vm_disk", state)
         report = cache.recover()
         outcome = report.removed if state == MOVING else report.restored

@@ -129,7 +129,7 @@ def test_one_that_cannot_be_read_stops_no_other(ceph: CephCluster, cache: ImageC
         cache.create_root_disk("img", disk_id)
         rbd_id = backend.store.id_of(f"{disk_id}_disk")
         assert rbd_id is not None
-        backend._take_out(rbd_id, f"{disk_id}_disk", _rbd_going.going())
+        _rbd_going.take_out(backend.store, rbd_id, f"{disk_id}_disk", _rbd_going.going())
     _, rbd = bindings()
     with ceph.pool("vms") as ioctx:
         [damaged] = [one["id"] for one in rbd.RBD().trash_list(ioctx) if one["name"] == "vm-1_disk"]

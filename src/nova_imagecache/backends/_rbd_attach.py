@@ -78,7 +78,7 @@ class AttachableDisks(RbdDisks):
                 with _rbd_look.opened_by_id(self.store.io, old) as source:
                     _refuse_used(source, disk)
                 new = self._clone(base, staging, final, disk.virtual_size)
-                self._swap(old, new, staging, disk)
+                self._swap(base, old, new, staging, disk)
             except BaseException:
                 self.store.drop(new or self.store.id_of(staging), staging, final)
                 raise
@@ -90,13 +90,13 @@ class AttachableDisks(RbdDisks):
             todo = "Call recover later, which removes that"
             raise DiskInUseError(detail, disk_id=disk.disk_id, name=disk.name, stage="attach", todo=todo) from err
 
-    def _swap(self, old: str, new: str, staging: str, disk: RootDisk) -> None:
-        final = disk_name(disk.disk_id, disk.name)
+    def _swap(self, base: BaseImage, old: str, new: str, staging: str, disk: RootDisk) -> None:
+        final, mark = disk_name(disk.disk_id, disk.name), _rbd_going.going(by=new, maker=staging)
         try:
             # open for writing all the time, so that others see that the old one waits for it
             with _rados.changing(self.store.io, image_id=new) as target:
                 # before anything is read: without a name nobody opens it any more
-                self._take_out(old, final, _rbd_going.going(by=new))
+                _rbd_going.take_out(self.store, old, final, mark)
                 with _rbd_look.opened_by_id(self.store.io, old) as source:
                     _refuse_used(source, disk)
                     if (size := source.size()) != disk.virtual_size:  # another host has grown it
@@ -107,9 +107,14 @@ class AttachableDisks(RbdDisks):
         except BaseException as err:
             # nobody but us was told that it worked: the disk is the old one again
             with suppress(ExistsError):
-                self._put_back(old, final)
-            if isinstance(err, BusyError):
+                self._put_back(old, final, mark)
+            if isinstance(err, (BusyError, NotThereError)):
                 raise DiskInUseError(err.detail, disk_id=disk.disk_id, name=disk.name, stage="attach") from err
+            if isinstance(err, ExistsError):
+                detail, todo = "another disk has its name by now", "Call recover, which tells what became of both"
+                raise DiskExistsError(
+                    detail, image_id=base.image_id, disk_id=disk.disk_id, name=disk.name, stage="attach", todo=todo
+                ) from err
             raise
 
 

@@ -25,7 +25,7 @@ from nova_imagecache.backends import (
 )
 from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError, RefusedError, SnapshotsError
 from nova_imagecache.backends._rbd_bases import RbdBases
-from nova_imagecache.backends._rbd_store import DISK, FINAL, GOING, RECORD, SNAPSHOT, disk_name, split_disk_name
+from nova_imagecache.backends._rbd_store import DISK, FINAL, RECORD, SNAPSHOT, disk_name, split_disk_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,11 +55,23 @@ class RbdDisks(RbdBases):
                 if isinstance(err, ExistsError) and not published:
                     raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name) from err
                 raise
+        self._refuse_replaced(base.image_id, disk_id, name, rbd_id)
         return self._told(disk_id, name, size, base.image_id)
 
-    def _refuse_replaced(self, image_id: str, disk_id: str, name: str) -> None:
-        """A disk whose attaching has not come to its end has no name, and is there all the same."""
-        if _rbd_going.replaced(self.store.io, disk_name(disk_id, name)):
+    def _refuse_replaced(self, image_id: str, disk_id: str, name: str, made: str | None = None) -> None:
+        """A disk whose attaching has not come to its end has no name, and is there all the same.
+
+        ``made``: what got the name meanwhile, and goes again for it.
+        """
+        final = disk_name(disk_id, name)
+        found = _rbd_going.replaced(self.store.io, final)
+        # the new one itself may be attached by now
+        if found and made not in found:
+            if made is not None:
+                # a guest that is quicker keeps it: recover keeps both then, and says so
+                with suppress(NotThereError, BusyError):
+                    _rbd_going.take_out(self.store, made, final, _rbd_going.going())
+                    _rados.trash_remove(self.store.io, made)
             raise DiskExistsError(
                 "the disk exists: attaching it to another base has not ended, and it waits in the pool's trash",
                 image_id=image_id,
@@ -211,7 +223,13 @@ class RbdDisks(RbdBases):
     def resize_root_disk(self, disk_id: str, name: str, size: int) -> RootDisk:
         disk = self._existing(disk_id, name)
         # librbd goes by the size that it last heard of: of two that grow the disk, one opens it when the other is done
-        with self.store.room(), self._claimed(disk_id, name), self._change(disk_id, name) as image:
+        with (
+            self.store.room(),
+            self._claimed(disk_id, name) as rbd_id,
+            self._change(disk_id, name) as image,
+        ):
+            if image.id() != rbd_id:
+                raise BusyError("another disk has its name by now")
             try:
                 _rados.resize(image, size)
             except RefusedError as err:
@@ -234,7 +252,8 @@ class RbdDisks(RbdBases):
         return replace(disk, reference="none")
 
     @contextmanager
-    def _claimed(self, disk_id: str, name: str) -> Iterator[None]:
+    def _claimed(self, disk_id: str, name: str) -> Iterator[str]:
+        """Claim a disk for a change; its RBD id."""
         with ExitStack() as claim:
             try:
                 rbd_id = self.store.id_of(disk_name(disk_id, name)) or ""
@@ -243,7 +262,7 @@ class RbdDisks(RbdBases):
                 raise DiskNotFoundError(disk_id=disk_id, name=name) from err
             except BusyError as err:
                 raise DiskInUseError(err.detail, disk_id=disk_id, name=name, stage="resize") from err
-            yield
+            yield rbd_id
 
     def _change(self, disk_id: str, name: str) -> _Changing:
         return _Changing(self, disk_id, name)
@@ -251,22 +270,39 @@ class RbdDisks(RbdBases):
     # --- going
 
     def remove_root_disk(self, disk_id: str, name: str) -> None:
-        final, rbd_id = disk_name(disk_id, name), ""
+        final, rbd_id, mark = disk_name(disk_id, name), "", _rbd_going.going()
+        # first of all: without its successor recover would give it the name back
+        self._remove_replaced(disk_id, name)
         try:
-            # first of all: without its successor recover would give it the name back
-            _rbd_going.remove_replaced(self.store, final)
+            rbd_id = self.store.patiently(lambda: self._unused(disk_id, name))
+            _rbd_going.take_out(self.store, rbd_id, final, mark)
+            try:
+                # attaching may have put it there since; while the trash has the successor recover gives no name back
+                self._remove_replaced(disk_id, name, rbd_id)
+            except DiskInUseError:
+                with suppress(ExistsError):
+                    self._put_back(rbd_id, final, mark)
+                raise
+            with suppress(NotThereError):
+                self.store.patiently(lambda: _rados.trash_remove(self.store.io, rbd_id))
+        except NotThereError as err:  # it was not there, or somebody else removed it
+            self._remove_replaced(disk_id, name, rbd_id or None)
+            if rbd_id and self.store.id_of(final) is not None:
+                detail, todo = (
+                    "another host has attached it, or made it anew, meanwhile",
+                    "Look whose it is, and try again",
+                )
+                raise DiskInUseError(detail, disk_id=disk_id, name=name, stage="remove", todo=todo) from err
+        except (BusyError, SnapshotsError) as err:
+            if rbd_id := rbd_id or self.store.id_of(final) or "":
+                raise self._in_use(rbd_id, disk_id, name, mark) from err
+
+    def _remove_replaced(self, disk_id: str, name: str, of: str | None = None) -> None:
+        try:
+            _rbd_going.remove_replaced(self.store, disk_name(disk_id, name), of)
         except (BusyError, SnapshotsError) as err:
             todo = "Remove its snapshots first" if isinstance(err, SnapshotsError) else None
             raise DiskInUseError(err.detail, disk_id=disk_id, name=name, stage="remove", todo=todo) from err
-        try:
-            rbd_id = self.store.patiently(lambda: self._unused(disk_id, name))
-            self._take_out(rbd_id, final, _rbd_going.going())
-            self.store.patiently(lambda: _rados.trash_remove(self.store.io, rbd_id))
-        except NotThereError:  # it was not there, or somebody else removed it
-            return
-        except (BusyError, SnapshotsError) as err:
-            if rbd_id := rbd_id or self.store.id_of(final) or "":
-                raise self._in_use(rbd_id, final, disk_id, name) from err
 
     def _unused(self, disk_id: str, name: str) -> str:
         """The id of a disk that can be removed."""
@@ -281,25 +317,17 @@ class RbdDisks(RbdBases):
                 raise BusyError(f"it is open at {', '.join(watchers)}")
             return image.id()
 
-    def _take_out(self, rbd_id: str, final: str, mark: _rbd_going.Going) -> None:
-        """Move a disk to the trash, marked so that ``recover`` knows what was meant."""
-        with _rados.changing(self.store.io, image_id=rbd_id) as image:
-            _rados.set_metadata(image, GOING, mark.dump())
-        _rados.trash_move(self.store.io, final, 0)
-
-    def _put_back(self, rbd_id: str, final: str) -> None:
+    def _put_back(self, rbd_id: str, final: str, mark: _rbd_going.Going | None = None) -> None:
         with suppress(NotThereError):
-            self.store.restore(rbd_id, final)
-        with suppress(NotThereError), _rados.changing(self.store.io, image_id=rbd_id) as image:
-            _rados.remove_metadata(image, GOING)
+            _rbd_going.put_back(self.store, rbd_id, final, mark)
 
-    def _in_use(self, rbd_id: str, final: str, disk_id: str, name: str) -> DiskInUseError:
+    def _in_use(self, rbd_id: str, disk_id: str, name: str, mark: _rbd_going.Going) -> DiskInUseError:
         watchers: list[str] = []
         snapshots: list[str] = []
         with suppress(NotThereError), _rbd_look.opened_by_id(self.store.io, rbd_id) as image:
             watchers, snapshots = _rbd_look.watchers(image), _rbd_look.snapshots(image)
-        if _rbd_look.trash_entry(self.store.io, rbd_id) is not None:
-            self._put_back(rbd_id, final)
+        with suppress(ExistsError):
+            self._put_back(rbd_id, disk_name(disk_id, name), mark)
         reason = f"open at {', '.join(watchers)}" if watchers else f"snapshots: {', '.join(snapshots) or 'hidden ones'}"
         todo = None if watchers else "Remove its snapshots first"
         return DiskInUseError(

@@ -152,9 +152,8 @@ class RecoverableRbd(AttachableDisks):
         if entry.moved_at - going.at > _PROMPT:
             return
         named = self.store.id_of(entry.name)
-        # a successor without the name is open while it is made
-        coming = [going.by] if going.by is not None and going.by != named else []
-        if any(_rbd_look.is_watched(self.store.io, rbd_id) for rbd_id in (entry.image_id, *coming)):
+        coming = going.by != named and _rbd_going.is_coming(self.store, going)
+        if coming or _rbd_look.is_watched(self.store.io, entry.image_id):
             notes.alive.append(f"trash/{entry.name}")
             return
         if going.why == "replaced" and not self._has_had(entry.name, going.by):
