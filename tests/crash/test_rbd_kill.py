@@ -141,7 +141,7 @@ def test_half_states_of_the_trash(ceph: CephCluster, tmp_path: Path, state: int)
         cache.remove_root_disk("vm")
 
         writer = backend.stage_base("other", "raw")
-        writer._close()  # type: ignore[attr-defined]
+        writer._close()  # type: ignore[attr-defined]  # the rbd backend's writer
         [staged] = [name for name in pool.names(ceph) if name.startswith("staging.")]
         _rados.trash_move(backend.store.io, staged, 60)
         backend.store.owner.done(staged)

@@ -84,9 +84,9 @@ def test_a_full_pool_can_be_emptied(ceph: CephCluster, tmp_path: Path) -> None:
         at_once(lambda: cache.remove_root_disk("vm"))
         at_once(lambda: cache.remove_base("idle"))
         # as if its maker had died
-        dead._close()  # type: ignore[attr-defined]
+        dead._close()  # type: ignore[attr-defined]  # the rbd backend's writer
         [left] = [name for name in pool.names(ceph, "small") if name.startswith("staging.")]
-        backend.store.owner.done(left)  # type: ignore[attr-defined]
+        backend.store.owner.done(left)  # type: ignore[attr-defined]  # the rbd backend's
         report = at_once(cache.recover)
         assert (report.removed, report.alive, report.failed) == ((f"staging/{left}",), (), {})
         assert pool.is_full(ceph, "small"), "it was emptied before the monitor noticed"

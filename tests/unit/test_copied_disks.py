@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -121,7 +122,7 @@ def _flatten(cache: ImageCache) -> None:
 def _flatten_alone(cache: ImageCache) -> None:
     """As a blockPull of libvirt does, which a sweep finds."""
     (disk,) = [disk for disk in cache.root_disks() if disk.disk_id == "vm"]
-    path = disk.location.path  # type: ignore[union-attr]
+    path = disk.location.path  # type: ignore[union-attr]  # a file
     qemu_img("convert", "-O", "qcow2", str(path), f"{path}.whole")
     Path(f"{path}.whole").replace(path)
     cache.recover()
@@ -240,7 +241,8 @@ def test_a_death_while_a_copy_is_told_apart(rig: Rig) -> None:
     for step in steps:
         for recovered in (False, True):
             again()
-            assert run_to_death(lambda step=step: attach(FaultPlan().kill(step)), f"step {step}")  # type: ignore[misc]
+            plan = FaultPlan().kill(step)
+            assert run_to_death(functools.partial(attach, plan), f"step {step}")
             if recovered:
                 _stays(rig, rig.disks / "vm" / "disk")
                 _stays(rig, rig.disks / "vm_resize" / "disk")
