@@ -6,6 +6,7 @@ A finder that cannot tell raises UsersUnknownError, and every base it was asked 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -25,6 +26,7 @@ NOT_DISKS = _chains.NOT_DISKS
 """Names, as shell patterns, that hypervisors, drivers and filesystems give to what is no disk."""
 
 _log = logging.getLogger(__name__)
+_LET_READ = "Correct its name, or let the cache's user read it; what is no disk is named in not_disks, in Python"
 _LOOKS = 10
 """Times that a directory is listed again in which others make or rename some."""
 
@@ -136,6 +138,7 @@ class _Look:
         self._chains = chains
         self._layers: dict[str, Sequence[Path]] | None = None
         self._doubts: list[str] = []
+        self._todo: str | None = _LET_READ  # of the first doubt
 
     def files(self, top: str) -> Iterator[str]:
         """Every regular file below the directory but the bases themselves, which read through nothing.
@@ -199,6 +202,8 @@ class _Look:
         except UsersUnknownError as doubt:
             layers = self._opened(unreadable)
             if layers is None:
+                if not self._doubts and err.errno == errno.ELOOP:
+                    self._todo = doubt.todo
                 self._doubts.append(doubt.detail)
                 return
             for layer in layers:
@@ -226,5 +231,4 @@ class _Look:
         """
         if self._doubts:
             more = f" (and {len(self._doubts) - 1} more)" if len(self._doubts) > 1 else ""
-            todo = "Correct its name, or let the cache's user read it; what is no disk is named in not_disks, in Python"
-            raise UsersUnknownError(f"{self._doubts[0]}{more}", todo=todo, stage="users")
+            raise UsersUnknownError(f"{self._doubts[0]}{more}", todo=self._todo, stage="users")
