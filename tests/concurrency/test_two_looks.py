@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 
 from harness import images
 from harness.children import run_to_death
+from harness.gates import Gate
 from harness.images import MIB
 from harness.rig import Rig
 from harness.upkeep import Clock, dense, open_cache
@@ -29,37 +29,6 @@ from nova_imagecache.backends import _looks
 from nova_imagecache.testing import FaultPlan
 
 SIZE = 4 * MIB
-
-
-class Gate:
-    """Stops the first call of a function that ``which`` is true of, before it or, ``after``, with its answer."""
-
-    def __init__(
-        self,
-        patch: pytest.MonkeyPatch,
-        owner: object,
-        name: str,
-        which: Callable[..., bool] = lambda *_: True,
-        *,
-        after: bool = False,
-    ) -> None:
-        self._reached, self._opened, self._once = threading.Event(), threading.Event(), threading.Lock()
-        inner = getattr(owner, name)
-
-        def stopping(*args: Any) -> Any:
-            answer = inner(*args) if after else None
-            if which(*args) and self._once.acquire(blocking=False):
-                self._reached.set()
-                assert self._opened.wait(60)
-            return answer if after else inner(*args)
-
-        patch.setattr(owner, name, stopping)
-
-    def wait(self) -> None:
-        assert self._reached.wait(60)
-
-    def open(self) -> None:
-        self._opened.set()
 
 
 def _clean(rig: Rig) -> CleanupReport:
@@ -142,7 +111,8 @@ def test_a_base_that_is_away_has_no_size(
     tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that measured half of it would keep to that figure, and overfill the cache."""
-    rig = Rig(tmp_path, "link", {"img": dense("large", 2 * MIB), "other": dense("no room", 2 * MIB)})
+    sizes = {"img": 2 * MIB, "huge": 4 * MIB, "other": 2 * MIB}
+    rig = Rig(tmp_path, "link", {name: dense(name, size) for name, size in sizes.items()})
     rig.cache().ensure_base("img")
     with FaultPlan() as plan, rig.cache(max_bytes=3 * MIB) as cache:
         away = Away(rig, plan, pool)
@@ -151,24 +121,17 @@ def test_a_base_that_is_away_has_no_size(
             monkeypatch,
             os,
             "scandir",
-            lambda path: str(path).endswith("bases/img") and threading.current_thread() is measuring,
+            lambda path: str(path).endswith("bases/img") and threading.current_thread().name.startswith("measuring"),
             after=True,
         )
-        failed: list[BaseException] = []
-
-        def measure() -> None:
-            try:
-                cache.ensure_base("other")
-            except NoSpaceError as err:
-                failed.append(err)
-
-        measuring = threading.Thread(target=measure)
-        measuring.start()
+        measuring = ThreadPoolExecutor(1, "measuring")
+        measured = measuring.submit(cache.ensure_base, "huge")
         listing.wait()
         away.retire()
         listing.open()
         away.end()
-        measuring.join(60)
+        assert isinstance(measured.exception(60), NoSpaceError)
+        measuring.shutdown()
         with pytest.raises(NoSpaceError):
             cache.ensure_base("other")
     assert len(list(rig.cache().bases())) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from harness.images import MIB, qemu_img
 from harness.rig import Rig
 from harness.upkeep import names
 from nova_imagecache import DiskExistsError, ImageCache
+from nova_imagecache.backends import _seen
 from nova_imagecache.backends._references import made_at
 from nova_imagecache.backends._seen import seen
 from nova_imagecache.testing import FaultPlan
@@ -358,15 +358,15 @@ def test_directories_that_are_renamed_while_they_are_read(rig: Rig, monkeypatch:
         cache.create_root_disk("img", "vm", size=SIZE)
     own = made_at(rig.root / "users" / "img" / "vm.disk.json")
     assert own is not None
-    listed = os.listdir
+    named = _seen._named
 
-    def listdir(path: str) -> list[str]:
-        found = listed(path)
-        if Path(path) == rig.disks and (rig.disks / "vm").exists():
+    def listing(path: Path) -> list[tuple[str, int]]:
+        found = named(path)
+        if path == rig.disks and (rig.disks / "vm").exists():
             (rig.disks / "vm").rename(rig.disks / "vm_resize")
         return found
 
-    monkeypatch.setattr("os.listdir", listdir)
+    monkeypatch.setattr(_seen, "_named", listing)
     assert [path for path, _record in seen([rig.disks], own, None)] == [rig.disks / "vm_resize" / "disk"]
 
 

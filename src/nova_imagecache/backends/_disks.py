@@ -34,7 +34,7 @@ from nova_imagecache.backends import (
     RootDisk,
 )
 from nova_imagecache.backends._making import Making
-from nova_imagecache.backends._references import finish, unfinished
+from nova_imagecache.backends._references import finish
 from nova_imagecache.backends._seen import is_foreign
 from nova_imagecache.backends._ties import TiedDisks, sides
 from nova_imagecache.exceptions import DiskInUseError
@@ -279,8 +279,7 @@ class FileDisks(TiedDisks):
                 )
             self._refuse_readers(disk_id, name, record)
             for each in sides(record):
-                if (written := self._path_reference(each, disk_id, name)) is not None:
-                    _fs.rename(written, unfinished(self.user_record(each.image_id, disk_id, name)))
+                self._begin_ending(each, disk_id, name)
             _fs.unlink(directory / name)
             self._forget(directory, disk_id, name)
             own = record is not None and record.own_directory

@@ -169,7 +169,8 @@ class RecoverableDisks(FileDisks):
 
     def _is_needed(self, disk_id: str, name: str, record: _records.DiskRecord | None) -> bool:
         """Whether what is left of a disk is a snapshot's, or that of one which was moved, and the caller's to end."""
-        moved = any(self._path_reference(side, disk_id, name) is not None for side in sides(record))
+        written = (self._path_reference(side, disk_id, name) for side in sides(record))
+        moved = any(each is not None and not is_unfinished(each) for each in written)
         return moved or self._reader(disk_id, name, record) is not None
 
     def _settle(self, directory: Path, disk_id: str, name: str) -> list[str]:
