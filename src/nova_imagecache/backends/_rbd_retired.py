@@ -50,7 +50,7 @@ _PAUSE = 0.05
 
 
 class RetirableBases(Backend):
-    """The bases' half, as far as they go."""
+    """The first part of the bases' half: who uses a base, and its going."""
 
     busy_patience: ClassVar[float] = 35.0
     """Seconds for which something in use is tried again: longer than Ceph takes a dead client for a live one."""
