@@ -25,6 +25,7 @@ from nova_imagecache.backends import (
 from nova_imagecache.backends._rados_errors import BusyError, ForbiddenError, NotThereError, SnapshotsError
 from nova_imagecache.backends._rbd_adopted import Adopted
 from nova_imagecache.backends._rbd_options import RbdOptions
+from nova_imagecache.backends._rbd_owner import STAGING
 from nova_imagecache.backends._rbd_store import (
     DAMAGED,
     LAST_USED,
@@ -35,7 +36,7 @@ from nova_imagecache.backends._rbd_store import (
     base_name,
     split_disk_name,
 )
-from nova_imagecache.exceptions import BaseInUseError
+from nova_imagecache.exceptions import BaseInUseError, NoSpaceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 TRASH = "trash."
 """What the name of a retired base's location begins with; its id follows."""
 
+_NOBODYS = "0" * 16
 _LOOKS = 5
 _PAUSE = 0.05
 
@@ -132,7 +134,7 @@ class RetirableBases(Backend):
     def _retire(self, base: BaseImage, **marks: str) -> Retired:
         """Take the name away, marked with who has still to look whether the base must have it back."""
         rbd_id = self._id_of(base, "retire")
-        mark = self.store.owner.new_name(base.image_id)
+        mark = self._mark(base.image_id)
         try:
             with self.store.claimed(rbd_id, "taking the name away"):
                 self._id_of(base, "retire", rbd_id)
@@ -150,6 +152,14 @@ class RetirableBases(Backend):
         self._leaving[rbd_id] = mark
         location = self.store.location(TRASH + rbd_id, SNAPSHOT)
         return Retired(base=replace(base, location=location, last_used=last_used), token=rbd_id)
+
+    def _mark(self, image_id: str) -> str:
+        """Something unfinished of this process."""
+        try:
+            with self.store.room():
+                return self.store.owner.new_name(image_id)
+        except NoSpaceError:  # no room for a sign of life; without one recover gives the name back
+            return f"{STAGING}{image_id}.{_NOBODYS}"
 
     def restore_base(self, retired: Retired) -> None:
         try:
