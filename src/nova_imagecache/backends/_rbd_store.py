@@ -240,7 +240,7 @@ class Store:
 
     @contextlib.contextmanager
     def claimed(self, rbd_id: str, why: str) -> Iterator[None]:
-        """Run a block of a few steps that nobody else runs for this image at the time; one may hold another."""
+        """Run a block of a few steps that nobody else runs for this image at the time; blocks in it are part of it."""
         held: set[str] = self._claims.__dict__.setdefault("held", set())
         if rbd_id in held:
             yield
