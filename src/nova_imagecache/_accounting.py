@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 
 from nova_imagecache import _entries, _users
 from nova_imagecache._models import CacheUsage, CheckReport, Fact, RecoveryReport
+from nova_imagecache.backends import Survey
 from nova_imagecache.exceptions import BackendError, BaseNotFoundError, ImageCacheError, UsersUnknownError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from nova_imagecache._config import CacheConfig
     from nova_imagecache._guard import GuardedBackend, GuardedSource
     from nova_imagecache._layout import Root
     from nova_imagecache._removal import Remover
-    from nova_imagecache.backends import BackendPaths, Survey
+    from nova_imagecache.backends import BackendPaths
 
 _MIB = 1 << 20
 _log = logging.getLogger(__name__)
@@ -27,11 +28,11 @@ _log = logging.getLogger(__name__)
 
 def usage(backend: GuardedBackend, remover: Remover, paths: BackendPaths) -> CacheUsage:
     """What the cache takes now, and what of it could go. The finders are asked at most once; doubt frees nothing."""
-    figures, counted = _counted(backend, paths)
+    figures, counted = _counted(backend, paths, remover.root)
     return replace(figures, reclaimable=_reclaimable(counted, remover))
 
 
-def reserved_disk_mb(backend: GuardedBackend, paths: BackendPaths, static_mb: int) -> int:
+def reserved_disk_mb(backend: GuardedBackend, paths: BackendPaths, root: Root, static_mb: int) -> int:
     """MiB to reserve: ``static_mb`` and the cache's part.
 
     Raises:
@@ -39,34 +40,29 @@ def reserved_disk_mb(backend: GuardedBackend, paths: BackendPaths, static_mb: in
     """
     if not backend.properties.local or _own_filesystem(paths):
         return static_mb
-    figures, _counts = _counted(backend, paths)
+    figures, _counts = _counted(backend, paths, root)
     if not figures.complete:
         todo = "Report the last complete figure, and look at the log for what could not be counted"
         raise BackendError("the cache could not be counted whole", stage="usage", todo=todo)
     return static_mb + -(-figures.allocated // _MIB)
 
 
-def _counted(backend: GuardedBackend, paths: BackendPaths) -> tuple[CacheUsage, list[tuple[Survey, int]]]:
+def _counted(backend: GuardedBackend, paths: BackendPaths, root: Root) -> tuple[CacheUsage, list[tuple[Survey, int]]]:
     """The figures, nothing reclaimable, and each base with its bytes.
 
     Things move from staging to bases to trash, and are counted in that order: one that moves meanwhile is counted twice
-    rather than missed.
+    rather than missed. One may also come back from the trash: so where bases came or went meanwhile, they are listed
+    again.
     """
+    changed = root.bases_changed()
     before = backend.capacity()
-    complete = before.complete
-    counted = []
-    for survey in backend.survey():
-        base, allocated = survey.base, survey.allocated
-        if not base.managed:
-            continue
-        try:
-            counted.append((survey, backend.usage(base).allocated if allocated is None else allocated))
-        except BaseNotFoundError:  # retired meanwhile: the trash is counted after the bases
-            continue
-        except ImageCacheError as err:
-            _log.warning("base %s cannot be counted: %s", base.image_id, err)
-            complete = False
+    counted, complete = _count(backend, backend.survey())
     after = backend.capacity()
+    if changed is None or changed != root.bases_changed():
+        known = {survey.base.image_id for survey, _allocated in counted}
+        back = (Survey(base=base) for base in backend.iter_bases() if base.image_id not in known)
+        more, whole = _count(backend, back)
+        counted, complete = [*counted, *more], complete and whole
     figures = CacheUsage(
         base_count=len(counted),
         bases=sum(allocated for _survey, allocated in counted),
@@ -78,9 +74,27 @@ def _counted(backend: GuardedBackend, paths: BackendPaths) -> tuple[CacheUsage, 
         free=after.free,
         own_filesystem=_own_filesystem(paths),
         local=backend.properties.local,
-        complete=complete and after.complete,
+        complete=before.complete and complete and after.complete,
     )
     return figures, counted
+
+
+def _count(backend: GuardedBackend, surveys: Iterable[Survey]) -> tuple[list[tuple[Survey, int]], bool]:
+    """Each base that is the cache's own with its bytes; whether all of them could be counted."""
+    complete = True
+    counted = []
+    for survey in surveys:
+        base, allocated = survey.base, survey.allocated
+        if not base.managed:
+            continue
+        try:
+            counted.append((survey, backend.usage(base).allocated if allocated is None else allocated))
+        except BaseNotFoundError:  # retired meanwhile: the trash is counted after the bases
+            continue
+        except ImageCacheError as err:
+            _log.warning("base %s cannot be counted: %s", base.image_id, err)
+            complete = False
+    return counted, complete
 
 
 def _reclaimable(counted: Sequence[tuple[Survey, int]], remover: Remover) -> int:

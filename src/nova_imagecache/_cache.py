@@ -6,12 +6,11 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-from nova_imagecache import _accounting, _args, _plugins, _users, _verify
+from nova_imagecache import _accounting, _args, _plugins, _users
 from nova_imagecache._engine import Call, Engine, paths
 from nova_imagecache._guard import translated
 from nova_imagecache._models import EnsureResult, Pin
 from nova_imagecache._root_disks import RootDisks
-from nova_imagecache._watch import Watch
 from nova_imagecache.exceptions import (
     BackendError,
     BaseCorruptError,
@@ -370,20 +369,7 @@ class ImageCache:
         base = self._find(image_id)
         if base is None:
             raise self._engine.missing(image_id, BaseCorruptError)
-        file = _verify.file_of(base)
-        with Watch(image_id, cancel=cancel) as watch:
-            problem = _verify.damage(self._engine.backend, base, lambda: watch.check("verify"))
-        if problem is None:
-            return base
-        try:
-            self._engine.root.prepare()
-        except ConfigError as err:  # we may look, and no more
-            todo: str | None = f"It stays in its place. {err.todo}"
-        else:
-            with self._engine.remover.wait_lock(image_id, lambda: watch.check("verify")):
-                todo = self._engine.quarantine(base, file)
-            self._engine.emit("damaged", image_id, problem=problem)
-        raise BaseCorruptError(f"the base is damaged: {problem}", image_id=image_id, stage="verify", todo=todo)
+        return self._engine.verify(base, cancel)
 
     def repair_base(self, image_id: str, *, cancel: threading.Event | None = None) -> bool:
         """Make a base that a hypervisor took over this user's again, so that disks can link it; whether it was needed.
@@ -490,7 +476,7 @@ class ImageCache:
         """
         _args.static_mb(static_mb)
         self._engine.root.look()
-        return _accounting.reserved_disk_mb(self._engine.backend, self._engine.paths, static_mb)
+        return _accounting.reserved_disk_mb(self._engine.backend, self._engine.paths, self._engine.root, static_mb)
 
     def check(self) -> CheckReport:
         """Facts and problems of the cache's surroundings. Makes and removes a few small files.

@@ -25,6 +25,7 @@ OF_DOMAIN = " of domain "
 """Between a disk's path and its domain's name, in what a hypervisor's finder tells of a user."""
 NOT_DISKS = ("console.log", "console.log.*", "disk.info", "libvirt.xml", "lost+found", "swtpm", "unrescue.xml")
 """Names, as shell patterns, that hypervisors, drivers and filesystems give to what is no disk."""
+_SHORTEN = "Merge overlays of its chain: virsh blockcommit while the guest runs, qemu-img commit while it does not"
 _CHAIN = 64
 """Overlays on overlays that are looked through: what lies below more of them is doubt."""
 _HEAD = 4096
@@ -154,7 +155,8 @@ def by_record(unreadable: OSError, known: KnownBases) -> Iterator[tuple[str, boo
     path = str(unreadable.filename)
     record = record_of(path)
     if record is None:
-        todo = f"Let the cache's user read {path}, or remove it"
+        deep = unreadable.errno == errno.ELOOP
+        todo = _SHORTEN if deep else f"Let the cache's user read {path}, or remove it"
         raise UsersUnknownError(f"{path} cannot be read: {unreadable.strerror}", todo=todo) from unreadable
     # libvirt gives a running guest's disk to the guest's user; what we wrote beside it stays ours
     _log.info("%s cannot be read (%s): its record says image %s", path, unreadable.strerror, record.image_id)

@@ -27,7 +27,9 @@ from nova_imagecache.backends import BackendPaths
 from nova_imagecache.exceptions import (
     BackendError,
     BaseCorruptError,
+    BaseInUseError,
     BaseNotFoundError,
+    ConfigError,
     ImageRejectedError,
     UsersUnknownError,
 )
@@ -236,7 +238,10 @@ class Engine:
         # its marks are not compared: others go on using it. A base that was re-owned has its record, in another file
         if there.record != base.record or not _verify.is_file(there, file):
             return _REPLACED
-        self.backend.quarantine_base(there)
+        try:
+            self.backend.quarantine_base(there)
+        except (BaseInUseError, UsersUnknownError):
+            return _READ
         return None
 
     def missing(
@@ -276,6 +281,38 @@ class Engine:
             self.backend.touch_base(base)
         except BackendError as err:  # a lost touch is harmless, a lost hit is not
             _log.warning("base %s: its use could not be noted: %s", base.image_id, err)
+
+    def verify(self, base: BaseImage, cancel: threading.Event | None) -> BaseImage:
+        """As ImageCache.verify_base, of a base that was found."""
+        image_id = base.image_id
+        with Watch(image_id, cancel=cancel) as watch:
+            if (problem := self._damage(base, watch)) is None:
+                return base
+            try:
+                self.root.prepare()
+            except ConfigError as err:  # we may look, and no more
+                todo: str | None = f"It stays in its place. {err.todo}"
+            else:
+                # what is there now, once more: while somebody has it retired, nothing is where it is looked for
+                with self.remover.wait_lock(image_id, lambda: watch.check("verify")):
+                    there = self.backend.find_base(image_id)
+                    if there is None:
+                        raise self.missing(image_id, BaseCorruptError)
+                    file = _verify.file_of(there)
+                    if (problem := self._damage(there, watch)) is None:
+                        return there
+                    todo = self.quarantine(there, file)
+                self.emit("damaged", image_id, problem=problem)
+        raise BaseCorruptError(f"the base is damaged: {problem}", image_id=image_id, stage="verify", todo=todo)
+
+    def _damage(self, base: BaseImage, watch: Watch) -> str | None:
+        """What is wrong with the base's bytes, None: nothing. That they cannot be read, only where it is not there."""
+        try:
+            return _verify.damage(self.backend, base, lambda: watch.check("verify"))
+        except (BackendError, BaseNotFoundError) as err:
+            if self.backend.find_base(base.image_id) is not None:
+                raise
+            return err.detail
 
     def repair(self, image_id: str, cancel: threading.Event | None) -> bool:
         """As ImageCache.repair_base."""

@@ -113,7 +113,7 @@ def hold(path: Path, *, wait: bool, follow: bool = False) -> Held | None:
         held = Held(path, fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_nlink > 0:
+            if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=follow)):  # noqa: PTH116 - one call
                 return held
         except BlockingIOError:
             held.leave()
@@ -122,10 +122,12 @@ def hold(path: Path, *, wait: bool, follow: bool = False) -> Held | None:
             waiting = _Waiting(path) if waiting is None else waiting
             waiting.wait()
             continue
+        except (FileNotFoundError, NotADirectoryError):
+            pass
         except BaseException:
             held.leave()
             raise
-        held.leave()  # removed while we looked: look again by name
+        held.release()  # removed or renamed while we looked: look again by name
 
 
 class _Waiting:

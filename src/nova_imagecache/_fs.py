@@ -247,9 +247,9 @@ def make_dirs(path: Path, mode: int) -> None:
     if path.is_dir():
         return
     make_dirs(path.parent, 0o755)
-    with suppress(FileExistsError):  # somebody was first
+    with suppress(FileExistsError):  # somebody was first, and may not have come to the next step yet
         mkdir(path, mode)
-        fsync_dir(path.parent)
+    fsync_dir(path.parent)
 
 
 def write_file(path: Path, data: bytes, mode: int) -> None:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 LAYOUT = 1
-_ATTEMPTS = 10
 _QUIET = 1_000_000_000
 _OPENING = "opening the cache"
 _WRONG_PLACE = (
@@ -206,27 +205,23 @@ class Root:
         """Write the owner's pin, in place of an older one of the same owner."""
         directory = self._pins / pin.image_id
         data = json.dumps({"until": pin.until}).encode() + b"\n"
-        for attempt in range(_ATTEMPTS):
-            held = None
-            try:
-                _fs.make_dirs(directory, 0o755)
-                # whoever takes ended pins away holds it too: what he read as ended is not renewed before it goes
-                held = _entries.hold(directory, wait=True, follow=True)
-                _entries.replace_file(directory / f"{pin.owner}.json", data, 0o644, staging=self.staging)
-            except FileNotFoundError:  # the last other pin of this image went and took the directory along
-                if attempt == _ATTEMPTS - 1:
-                    raise
-            else:
-                return
-            finally:
-                if held is not None:
-                    held.release()
+        # whoever takes ended pins away holds it too: what he read as ended is not renewed before it goes
+        with _entries.held(directory):
+            _fs.fsync_dir(self._pins)  # another may have made it just now, and not come to that
+            _entries.replace_file(directory / f"{pin.owner}.json", data, 0o644, staging=self.staging)
 
     def unpin(self, image_id: str, owner: str) -> None:
         """Take the owner's pin away; one that is not there is fine."""
-        _fs.unlink(self._pins / image_id / f"{owner}.json")
-        if _fs.rmdir(self._pins / image_id) and self._pins.is_dir():
-            _fs.fsync_dir(self._pins)
+        directory = self._pins / image_id
+        _fs.unlink(directory / f"{owner}.json")
+        # who holds it is about to write a pin
+        held = _entries.hold(directory, wait=True, follow=True)
+        if held is not None:
+            try:
+                if _fs.rmdir(directory):
+                    _fs.fsync_dir(self._pins)
+            finally:
+                held.release()
 
     def pins(self, image_id: str, now: float) -> tuple[Pin, ...]:
         """The pins that hold at POSIX seconds ``now``. A pin that cannot be read holds: doubt keeps the base."""
@@ -271,7 +266,9 @@ class Root:
             held = None
             try:
                 held = _entries.hold(self._pins / image_id, wait=False, follow=True)
-                for pin in self._ended(image_id, now) if held is not None else ():
+                if held is None:
+                    continue
+                for pin in self._ended(image_id, now):
                     # not synced: one that a power cut brings back is over all the same
                     _fs.unlink(self._pins / image_id / f"{pin.owner}.json")
                     removed.append(f"{image_id}/{pin.owner}")

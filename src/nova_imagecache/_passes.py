@@ -143,7 +143,7 @@ class Passes:
             elif item.verdict == "remove":
                 going.append(item)
             else:
-                self._mark(item, outcome)
+                self._mark(item, plan, outcome)
         size = _at_once()
         for start in range(0, len(going), size):
             self._remove(going[start : start + size], plan.max_idle, plan.in_use, outcome)
@@ -180,11 +180,16 @@ class Passes:
             self._remove(going, 0.0, frozenset(), outcome, recent=_cleanup.RECENT)
         return outcome.removed
 
-    def _mark(self, item: CleanupItem, outcome: _Outcome) -> None:
+    def _mark(self, item: CleanupItem, plan: CleanupPlan, outcome: _Outcome) -> None:
         try:
-            base = self._backend.find_base(item.image_id)
-            if base is None:
-                raise BaseNotFoundError(image_id=item.image_id)
+            if item.verdict == "mark":  # with a use since, its idle time begins later
+                in_use = item.image_id in plan.in_use
+                base, _facts = self._judge_again(item.image_id, "mark", plan.max_idle, in_use=in_use)
+            else:
+                found = self._backend.find_base(item.image_id)
+                if found is None:
+                    raise BaseNotFoundError(image_id=item.image_id)
+                base = found
             self._backend.mark_unused(base, self._remover.clock() if item.verdict == "mark" else None)
         except ImageCacheError as err:
             outcome.stays(item.image_id, err)
@@ -238,15 +243,18 @@ class Passes:
     def _retire(self, item: CleanupItem, max_idle: float, recent: float, *, in_use: bool) -> _Going:
         lock = self._remover.attempt_lock(item.image_id)
         try:
-            base, allocated = self._judge_again(item.image_id, max_idle, recent, in_use=in_use)
+            base, facts = self._judge_again(item.image_id, "remove", max_idle, recent, in_use=in_use)
             retired = self._backend.retire_base(base)
         except BaseException:
             lock.release()
             raise
-        return _Going(base=base, allocated=allocated, retired=retired, lock=lock)
+        return _Going(base=base, allocated=facts.allocated, retired=retired, lock=lock)
 
-    def _judge_again(self, image_id: str, max_idle: float, recent: float, *, in_use: bool) -> tuple[BaseImage, int]:
-        """The base and its allocated bytes, if it may still go: the plan may be old, today's marks and users decide."""
+    def _judge_again(
+        self, image_id: str, verdict: str, max_idle: float, recent: float = 0.0, *, in_use: bool
+    ) -> tuple[BaseImage, _cleanup.BaseFacts]:
+        """The base and what is known of it, if the verdict is the same: the plan may be old, today's marks and users
+        decide."""
         base = self._backend.find_base(image_id)
         # the finders had their first look for the plan, and have their second when all are retired
         facts = self._facts(Survey(base=base), ()) if base is not None else None
@@ -254,11 +262,11 @@ class Passes:
             raise BaseNotFoundError(image_id=image_id)
         now = self._remover.clock()
         again = _cleanup.judge(facts, now=now, max_idle=max_idle, in_use=in_use)
-        if again.verdict != "remove":
+        if again.verdict != verdict:
             raise BaseBusyError(again.reason, image_id=image_id)
         if _cleanup.recently_used(facts, now, recent):
             raise BaseBusyError("it was used just now", image_id=image_id)
-        return base, facts.allocated
+        return base, facts
 
     def _look_again(self, going: Sequence[_Going], outcome: _Outcome) -> list[_Going]:
         """Those that nobody came to use or depend on meanwhile; the others get their names back."""

@@ -147,7 +147,8 @@ def copy_out(backend: GuardedBackend, base: BaseImage, path: Path, check: Callab
     except FileNotFoundError:
         raise BaseNotFoundError(image_id=base.image_id, stage="copy") from None
     try:
-        if backend.find_base(base.image_id) is None:
+        now = backend.find_base(base.image_id)
+        if now is None or now.record != base.record:  # what was opened may be another's bytes
             raise BaseNotFoundError(image_id=base.image_id, stage="copy")
         _fs.publish_copy(source, path, base.record.size, check=check)
     except FileExistsError:

@@ -6,6 +6,7 @@ A finder that cannot tell raises UsersUnknownError, and every base it was asked 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -25,6 +26,9 @@ NOT_DISKS = _chains.NOT_DISKS
 """Names, as shell patterns, that hypervisors, drivers and filesystems give to what is no disk."""
 
 _log = logging.getLogger(__name__)
+_LET_READ = "Correct its name, or let the cache's user read it; what is no disk is named in not_disks, in Python"
+_LOOKS = 10
+"""Times that a directory is listed again in which others make or rename some."""
 
 
 class ImagesInUse:
@@ -67,7 +71,8 @@ class DiskDirectories:
     that cannot be read keeps the base that its record names. Without a record, ``chains`` is asked: the layers of each
     disk that a hypervisor has open now, the top first (``LibvirtDomains.chains``). A file that is not among them may
     use any base, and every base is kept; but for what is called as in ``not_disks``, which is passed over when it
-    cannot be read.
+    cannot be read. A directory that is renamed meanwhile is looked for again; where that does not end, every base is
+    kept.
     """
 
     name = "disk directories"
@@ -133,32 +138,50 @@ class _Look:
         self._chains = chains
         self._layers: dict[str, Sequence[Path]] | None = None
         self._doubts: list[str] = []
+        self._todo: str | None = _LET_READ  # of the first doubt
 
     def files(self, top: str) -> Iterator[str]:
-        """Every regular file below the directory but the bases themselves, which read through nothing."""
-        waiting = [top]
+        """Every regular file below the directory but the bases themselves, which read through nothing.
+
+        A directory that is renamed before its turn comes is missed: what has directories in it is listed again when
+        those are walked, until none is new.
+        """
+        walked: set[tuple[str, int]] = set()
+        waiting = [(top, 0, 0)]
         while waiting:
-            directory = waiting.pop()
+            directory, inode, look = waiting.pop()
             try:
-                with os.scandir(directory) as entries:
-                    # as they lie on the device, the first one last: it is popped first
-                    found = sorted(entries, key=os.DirEntry.inode, reverse=True)
+                found = self._listed(directory)
             except (FileNotFoundError, NotADirectoryError) as err:  # removed while we looked; or never there
                 if directory == top:
                     self._doubts.append(f"{top} cannot be listed: {err.strerror}")
                 continue
-            except OSError as err:
-                if not self._is_no_disk(directory):
-                    self._doubts.append(f"{directory} cannot be listed: {err.strerror}")
-                continue
-            files = []
+            walked.add((directory, inode))
+            below, files = [], []
             for entry in found:
                 # mostly without asking for more than the listing tells
                 if entry.is_dir(follow_symlinks=False):
-                    waiting.append(entry.path)
-                elif entry.is_file(follow_symlinks=False) and not self._known.is_one(entry):
+                    if (entry.path, entry.inode()) not in walked:
+                        below.append((entry.path, entry.inode(), 0))
+                elif look == 0 and entry.is_file(follow_symlinks=False) and not self._known.is_one(entry):
                     files.append(entry.path)
+            if below and look == _LOOKS:
+                self._doubts.append(f"directories in {directory} are being renamed")
+            elif below:
+                waiting += [(directory, inode, look + 1), *below]
             yield from files  # last, so that the links beside them are known
+
+    def _listed(self, directory: str) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(directory) as entries:
+                # as they lie on the device, the first one last: it is popped first
+                return sorted(entries, key=os.DirEntry.inode, reverse=True)
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as err:
+            if not self._is_no_disk(directory):
+                self._doubts.append(f"{directory} cannot be listed: {err.strerror}")
+            return []
 
     def uses(self, path: str) -> Iterator[tuple[str, bool]]:
         """The images whose bases the file depends on, and whether that is certain."""
@@ -179,6 +202,8 @@ class _Look:
         except UsersUnknownError as doubt:
             layers = self._opened(unreadable)
             if layers is None:
+                if not self._doubts and err.errno == errno.ELOOP:
+                    self._todo = doubt.todo
                 self._doubts.append(doubt.detail)
                 return
             for layer in layers:
@@ -206,5 +231,4 @@ class _Look:
         """
         if self._doubts:
             more = f" (and {len(self._doubts) - 1} more)" if len(self._doubts) > 1 else ""
-            todo = "Correct its name, or let the cache's user read it; what is no disk is named in not_disks, in Python"
-            raise UsersUnknownError(f"{self._doubts[0]}{more}", todo=todo, stage="users")
+            raise UsersUnknownError(f"{self._doubts[0]}{more}", todo=self._todo, stage="users")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness import images
+from harness.children import run_to_death
 from harness.images import MIB
 from harness.rig import Rig
 from nova_imagecache import CancelledError, DeadlineError, LockTimeoutError, RootDisk
@@ -95,6 +96,44 @@ def test_lock_timeout_is_the_configured_one(
     assert caught.value.path == str(rig.disks / "vm")
     copying()
     rig.check_tidy("given up")
+
+
+@pytest.mark.parametrize("name", ["disk", "disk.rescue"])
+def test_a_directory_that_another_is_first_to_hold(name: str, tmp_path: Path) -> None:
+    """Who made it comes second, to the same disk or to another: its name is durable, and it goes with the last disk."""
+    rig = Rig(tmp_path, "link", {"img": images.raw("one directory")})
+    rig.cache().ensure_base("img")
+    plan = FaultPlan()
+    made = plan.pause("fs.mkdir", match="disks/vm", when="after")
+    with plan, ThreadPoolExecutor(1) as pool:
+        maker = pool.submit(rig.cache().create_root_disk, "img", "vm", size=SIZE)
+        made.wait()
+        rig.cache().create_root_disk("img", "vm", name=name, size=SIZE)
+        synced = [step.targets for step in plan.trace if step.name == "fs.fsync_dir"]
+        assert (str(rig.disks),) in synced
+        made.release()
+        maker.result(60)
+    for each in sorted({"disk", name}):
+        assert (rig.disks / "vm").is_dir()
+        rig.cache().remove_root_disk("vm", name=each)
+    assert not (rig.disks / "vm").exists()
+
+
+def test_a_directory_that_a_dead_maker_left_is_made_durable(tmp_path: Path) -> None:
+    """It died when the directory and its record were there, and no more."""
+    rig = Rig(tmp_path, "link", {"img": images.raw("one directory")})
+    rig.cache().ensure_base("img")
+
+    def make() -> None:
+        with FaultPlan().kill("fs.fsync_dir", match=str(rig.disks)):
+            rig.cache().create_root_disk("img", "vm", size=SIZE)
+
+    assert run_to_death(make, "while it made a disk")
+    for name, expected in (("disk", 1), ("disk.rescue", 0)):
+        with FaultPlan() as plan:
+            rig.cache().create_root_disk("img", "vm", name=name, size=SIZE)
+        synced = [step for step in plan.trace if step.name == "fs.fsync_dir" and step.targets == (str(rig.disks),)]
+        assert len(synced) == expected, name
 
 
 def test_the_last_other_reference_may_go_while_a_disk_is_attached(tmp_path: Path) -> None:

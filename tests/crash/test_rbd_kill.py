@@ -16,7 +16,9 @@ from harness import places
 from harness import rbd as pool
 from harness.images import raw
 from nova_imagecache import CacheConfig, ImageCache
-from nova_imagecache.backends import _rados, _rbd_going
+from nova_imagecache.backends import Retired, _rados, _rbd_going
+from nova_imagecache.backends._rbd_store import RETIRED
+from nova_imagecache.backends.rbd import RbdBackend
 from nova_imagecache.testing import FakeSource
 from services import ceph_bindings
 from services.ceph import CephCluster
@@ -112,6 +114,13 @@ def _half(ceph: CephCluster, begins: str, state: int) -> None:
         ioctx.execute("rbd_trash", "rbd", "trash_state_set", data)
 
 
+def _look_done(backend: RbdBackend, retired: Retired) -> None:
+    """What is in the trash when the remover of a base begins to free it."""
+    with _rados.changing(backend.store.io, image_id=retired.token) as image:
+        _rados.remove_metadata(image, RETIRED)
+    backend._let_go(retired.token)
+
+
 @pytest.mark.parametrize("state", [MOVING, RESTORING])
 def test_half_states_of_the_trash(ceph: CephCluster, tmp_path: Path, state: int) -> None:
     """What died in the middle of Ceph's own two steps is finished or taken back, at once and without waiting."""
@@ -121,12 +130,17 @@ def test_half_states_of_the_trash(ceph: CephCluster, tmp_path: Path, state: int)
     source = FakeSource({"img": raw("killed", SIZE).fake})
     backend = pool.make_backend(ceph, tmp_path)
     with ImageCache(config, source=source, backend=backend) as cache:
-        backend.retire_base(cache.ensure_base("img"))
+        # as if its remover had died before its second look, and after it
+        backend._let_go(backend.retire_base(cache.ensure_base("img")).token)
+        _half(ceph, "base.", state)
+        assert cache.recover().restored == ("trash/base.img",)
+        cache.verify_base("img")
+        _look_done(backend, backend.retire_base(cache.get_base("img")))
         _half(ceph, "base.", state)
         assert cache.recover().removed == ("trash/base.img",)
 
         cache.create_root_disk("img", "vm")
-        backend.retire_base(cache.get_base("img"))
+        _look_done(backend, backend.retire_base(cache.get_base("img")))
         _half(ceph, "base.", state)
         assert cache.recover().restored == ("trash/base.img",)
         cache.verify_base("img")
@@ -141,7 +155,7 @@ def test_half_states_of_the_trash(ceph: CephCluster, tmp_path: Path, state: int)
         cache.remove_root_disk("vm")
 
         writer = backend.stage_base("other", "raw")
-        writer._close()  # type: ignore[attr-defined]
+        writer._close()  # type: ignore[attr-defined]  # the rbd backend's writer
         [staged] = [name for name in pool.names(ceph) if name.startswith("staging.")]
         _rados.trash_move(backend.store.io, staged, 60)
         backend.store.owner.done(staged)

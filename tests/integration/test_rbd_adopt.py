@@ -101,7 +101,7 @@ def test_a_place_that_cannot_be_opened_is_passed_by(ceph: CephCluster, tmp_path:
         assert not cache.ensure_base("early").managed
         with pool.damaged(ceph, damaged, "images"):
             base = cache.ensure_base("late")
-            assert (base.managed, base.location.name in second) == (False, True)  # type: ignore[union-attr]
+            assert (base.managed, base.location.name in second) == (False, True)  # type: ignore[union-attr]  # in RBD
             assert cache.ensure_base("early").managed
 
 

@@ -227,7 +227,7 @@ def test_reasons_are_told_and_refused_where_asked(
         "qcow2": FakeImage(data=qcow2("q").served, disk_format="qcow2", locations=(good,)),
     }
     with make_cache(ceph, tmp_path, FakeSource(images), when_not_clonable="refuse") as cache:
-        assert cache.ensure_base("late").location.snapshot == "snap"  # type: ignore[union-attr]
+        assert cache.ensure_base("late").location.snapshot == "snap"  # type: ignore[union-attr]  # in RBD
         assert not cache.ensure_base("iso").managed
         for image_id, words in (("none", "another cluster"), ("qcow2", "format is qcow2")):
             with pytest.raises(ImageRejectedError, match=words) as caught:

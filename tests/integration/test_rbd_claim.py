@@ -177,7 +177,7 @@ def test_renewals_that_fail_are_logged(
     def claim(*arguments: object, renewing: bool = False) -> None:
         if renewing:
             raise BackendUnavailableError("no answer")
-        true_claim(*arguments)  # type: ignore[arg-type]
+        true_claim(*arguments)  # type: ignore[arg-type]  # handed on as they came
 
     monkeypatch.setattr(_rados_claims, "claim", claim)
     taken: list[Claim] = []

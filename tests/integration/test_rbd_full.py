@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,10 +62,10 @@ def write(writer: BaseWriter, count: int, begin: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def cache_over(ceph: CephCluster, directory: Path) -> Iterator[tuple[ImageCache, Backend]]:
+def cache_over(ceph: CephCluster, directory: Path, **changes: str) -> Iterator[tuple[ImageCache, Backend]]:
     images = {name: raw(name, 2 * MIB).fake for name in ("img", "idle", "late")}
     config = CacheConfig(root=directory / "root", disks_dir=directory / "disks", backend="rbd")
-    backend = pool.make_backend(ceph, directory, pool="small", user="squeezed", connect_timeout=20)
+    backend = pool.make_backend(ceph, directory, pool="small", user="squeezed", connect_timeout=20, **changes)
     with ImageCache(config, source=FakeSource(images), backend=backend) as cache:
         yield cache, backend
 
@@ -84,9 +85,9 @@ def test_a_full_pool_can_be_emptied(ceph: CephCluster, tmp_path: Path) -> None:
         at_once(lambda: cache.remove_root_disk("vm"))
         at_once(lambda: cache.remove_base("idle"))
         # as if its maker had died
-        dead._close()  # type: ignore[attr-defined]
+        dead._close()  # type: ignore[attr-defined]  # the rbd backend's writer
         [left] = [name for name in pool.names(ceph, "small") if name.startswith("staging.")]
-        backend.store.owner.done(left)  # type: ignore[attr-defined]
+        backend.store.owner.done(left)  # type: ignore[attr-defined]  # the rbd backend's
         report = at_once(cache.recover)
         assert (report.removed, report.alive, report.failed) == ((f"staging/{left}",), (), {})
         assert pool.is_full(ceph, "small"), "it was emptied before the monitor noticed"
@@ -95,6 +96,25 @@ def test_a_full_pool_can_be_emptied(ceph: CephCluster, tmp_path: Path) -> None:
     with ceph.pool("small") as ioctx:
         # what Ceph itself keeps in every pool for RBD
         assert {one.key for one in ioctx.list_objects()} <= {"rbd_directory", "rbd_info", "rbd_trash", "rbd_children"}
+
+
+@pytest.mark.usefixtures("small")
+def test_a_process_that_comes_to_a_full_pool(ceph: CephCluster, tmp_path: Path) -> None:
+    """It cannot show that it lives, and removes bases all the same."""
+    with cache_over(ceph, tmp_path) as (cache, backend):
+        cache.ensure_base("idle")
+        writer = backend.stage_base("other", "raw")
+        write(writer, 8)
+        ceph.set_quota("small", QUOTA)
+        until(lambda: pool.is_full(ceph, "small"), "the pool to be full")
+        other = tmp_path / "other"
+        other.mkdir()
+        # another file is another connection, with a sign of life of its own
+        with cache_over(ceph, other, conf=str(shutil.copy(ceph.conf, other))) as (late, _):
+            at_once(lambda: late.remove_base("idle"))
+        assert pool.is_full(ceph, "small"), "it was emptied before the monitor noticed"
+        writer.discard()
+    assert pool.names(ceph, "small") == []
 
 
 @pytest.mark.usefixtures("small")

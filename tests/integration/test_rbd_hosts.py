@@ -159,7 +159,7 @@ def test_what_another_host_works_on_is_left_alone(ceph: CephCluster, tmp_path: P
     theirs = _recovered_elsewhere(ceph, tmp_path / "theirs")
     assert theirs == {"removed": [], "alive": [f"staging/{staged[0]}"]}
     # between the two steps of publishing nobody has it open, and it lies in the trash
-    writer._close()  # type: ignore[attr-defined]
+    writer._close()  # type: ignore[attr-defined]  # the rbd backend's writer
     from nova_imagecache.backends import _rados
 
     _rados.trash_move(mine.store.io, staged[0], 60)

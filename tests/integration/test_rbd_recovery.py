@@ -182,7 +182,7 @@ def test_the_sign_of_life_is_looked_after(
     assert len({name.rpartition(".")[2][:8] for name in staged}) == 1
     # between the two steps of publishing nothing but the sign tells that they are alive
     for one in (writer, other):
-        one._close()  # type: ignore[attr-defined]
+        one._close()  # type: ignore[attr-defined]  # the rbd backend's writer
     report = _recovered_elsewhere(ceph, tmp_path / "other")
     assert report == {"removed": [], "alive": [f"staging/{name}" for name in staged]}
     for one in (writer, other):

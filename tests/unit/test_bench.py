@@ -87,7 +87,7 @@ def test_report_is_a_value_that_json_holds() -> None:
     assert values["contract_version"] == CONTRACT_VERSION
     assert all(operation in str(report) for operation in (*COLD, *WARM, *WALKS))
     with pytest.raises(AttributeError):
-        report.bases = 2  # type: ignore[misc]
+        report.bases = 2  # type: ignore[misc]  # that is the point
 
 
 def test_an_error_leaves_nothing_behind() -> None:
@@ -132,7 +132,7 @@ def test_qcow2_bases_are_images() -> None:
 def test_nothing_cannot_be_measured(given: dict[str, int]) -> None:
     """Figures of no calls are no figures."""
     with pytest.raises(ValueError, match="above 0"):
-        BackendBench(MemoryBackend(), **given)  # type: ignore[arg-type]
+        BackendBench(MemoryBackend(), **given)  # type: ignore[arg-type]  # figures only
 
 
 def _publish(backend: MemoryBackend, image_id: str) -> BaseImage:

@@ -36,7 +36,7 @@ def test_the_root_is_enough() -> None:
 def test_a_configuration_is_frozen() -> None:
     """A cache is never told something else behind its back."""
     with pytest.raises(dataclasses.FrozenInstanceError):
-        CacheConfig(root=Path("/x")).backend = "file"  # type: ignore[misc]
+        CacheConfig(root=Path("/x")).backend = "file"  # type: ignore[misc]  # that is the point
 
 
 def test_text_becomes_durations_sizes_and_paths() -> None:

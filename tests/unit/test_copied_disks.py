@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +16,7 @@ from harness.images import MIB, qemu_img
 from harness.rig import Rig
 from harness.upkeep import names
 from nova_imagecache import DiskExistsError, ImageCache
+from nova_imagecache.backends import _seen
 from nova_imagecache.backends._references import made_at
 from nova_imagecache.backends._seen import seen
 from nova_imagecache.testing import FaultPlan
@@ -121,7 +122,7 @@ def _flatten(cache: ImageCache) -> None:
 def _flatten_alone(cache: ImageCache) -> None:
     """As a blockPull of libvirt does, which a sweep finds."""
     (disk,) = [disk for disk in cache.root_disks() if disk.disk_id == "vm"]
-    path = disk.location.path  # type: ignore[union-attr]
+    path = disk.location.path  # type: ignore[union-attr]  # a file
     qemu_img("convert", "-O", "qcow2", str(path), f"{path}.whole")
     Path(f"{path}.whole").replace(path)
     cache.recover()
@@ -240,7 +241,8 @@ def test_a_death_while_a_copy_is_told_apart(rig: Rig) -> None:
     for step in steps:
         for recovered in (False, True):
             again()
-            assert run_to_death(lambda step=step: attach(FaultPlan().kill(step)), f"step {step}")  # type: ignore[misc]
+            plan = FaultPlan().kill(step)
+            assert run_to_death(functools.partial(attach, plan), f"step {step}")
             if recovered:
                 _stays(rig, rig.disks / "vm" / "disk")
                 _stays(rig, rig.disks / "vm_resize" / "disk")
@@ -356,15 +358,15 @@ def test_directories_that_are_renamed_while_they_are_read(rig: Rig, monkeypatch:
         cache.create_root_disk("img", "vm", size=SIZE)
     own = made_at(rig.root / "users" / "img" / "vm.disk.json")
     assert own is not None
-    listed = os.listdir
+    named = _seen._named
 
-    def listdir(path: str) -> list[str]:
-        found = listed(path)
-        if Path(path) == rig.disks and (rig.disks / "vm").exists():
+    def listing(path: Path) -> list[tuple[str, int]]:
+        found = named(path)
+        if path == rig.disks and (rig.disks / "vm").exists():
             (rig.disks / "vm").rename(rig.disks / "vm_resize")
         return found
 
-    monkeypatch.setattr("os.listdir", listdir)
+    monkeypatch.setattr(_seen, "_named", listing)
     assert [path for path, _record in seen([rig.disks], own, None)] == [rig.disks / "vm_resize" / "disk"]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -241,6 +243,31 @@ def test_a_directory_removed_while_one_waits_is_not_held(tmp_path: Path) -> None
     first.release()
     thread.join(10)
     assert got == [None]
+
+
+def test_a_directory_renamed_while_one_takes_it_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nova renames an instance's directory when it is resized: the hold is on what has the name, on nothing else."""
+    path = tmp_path / "vm"
+    path.mkdir()
+    opened: list[int] = []
+
+    def flock(fd: int, operation: int) -> None:
+        if not opened:
+            opened.append(fd)
+            path.rename(tmp_path / "vm_resize")
+            path.mkdir()
+        fcntl.flock(fd, operation)
+
+    shim = types.ModuleType("fcntl")
+    shim.__dict__.update(vars(fcntl), flock=flock)
+    monkeypatch.setattr(_entries, "fcntl", shim)
+    first = _entries.hold(path, wait=True)
+    assert first is not None
+    assert _entries.hold(path, wait=False) is None
+    other = _entries.hold(tmp_path / "vm_resize", wait=False)
+    assert other is not None
+    other.release()
+    first.release()
 
 
 def test_what_has_the_name_of_a_directory_is_refused(tmp_path: Path) -> None:

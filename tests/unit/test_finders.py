@@ -222,7 +222,7 @@ def test_a_chain_that_nobody_follows_to_its_end(place: Place) -> None:
         below = place.overlay(f"vm/{number}", below, below_format)
         below_format = "qcow2"
     assert subprocess.run(["qemu-io", "-r", "-c", "read 0 4k", below], capture_output=True, check=False).returncode == 0
-    with pytest.raises(UsersUnknownError, match="overlays"):
+    with pytest.raises(UsersUnknownError, match=r"below 64 overlays.*qemu-img commit"):
         place.find()
     assert place.kept()
 
@@ -432,6 +432,54 @@ def test_a_directory_that_vanishes_uses_nothing(place: Place) -> None:
     for directory in list(place.disks.iterdir()):
         shutil.rmtree(directory)
     assert list(users) == []
+
+
+@pytest.mark.parametrize("what", ["renamed", "and another made", "away and back"])
+def test_a_directory_that_is_renamed_while_one_looks_is_found(what: str, place: Place) -> None:
+    """As Nova does when it resizes an instance, or goes back; its turn comes after that."""
+    for number in range(3):
+        place.overlay(f"vm-{number}/disk", place.base)
+    users = iter(DiskDirectories([place.disks]).find(place.bases()))
+    seen = [Path(next(users).detail).parent]
+    # they are looked at in this order
+    later = sorted((path for path in place.disks.iterdir() if path != seen[0]), key=lambda path: path.stat().st_ino)
+    renamed = later[0].with_name(f"{later[0].name}_resize")
+    later[0].rename(renamed)
+    if what == "and another made":
+        later[0].mkdir()
+    elif what == "away and back":
+        seen.append(Path(next(users).detail).parent)
+        renamed.rename(later[0])
+    seen += [Path(user.detail).parent for user in users]
+    assert sorted(seen) == sorted(path for path in place.disks.iterdir() if (path / "disk").exists())
+
+
+def test_directories_that_come_and_go_while_one_looks_are_no_doubt(place: Place) -> None:
+    """A busy host: an instance is made and another removed with each look at one; those that stay are found."""
+    for number in range(20):
+        place.overlay(f"vm-{number}/disk", place.base)
+    seen = set()
+    for number, user in enumerate(DiskDirectories([place.disks]).find(place.bases())):
+        assert user.disk_id is not None
+        seen.add(user.disk_id)
+        if number < 20:
+            place.overlay(f"new-{number}/disk", place.base)
+        if number % 5 == 1:
+            shutil.rmtree(place.disks / user.disk_id)
+    assert {path.name for path in place.disks.iterdir()} <= seen
+
+
+def test_directories_that_are_renamed_without_end_are_doubt(place: Place) -> None:
+    """The look comes to an end all the same."""
+    place.overlay("vm-0/disk", place.base)
+
+    def look() -> None:
+        for number, _user in enumerate(DiskDirectories([place.disks]).find(place.bases())):
+            assert number < 100
+            (place.disks / f"vm-{number}").rename(place.disks / f"vm-{number + 1}")
+
+    with pytest.raises(UsersUnknownError, match="are being renamed"):
+        look()
 
 
 def test_a_base_that_is_just_removed_is_known_by_its_path(place: Place) -> None:

@@ -8,6 +8,7 @@ import random
 import stat
 import types
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,23 @@ def test_a_new_directory_is_durable_in_its_parent(tmp_path: Path) -> None:
         ("fs.mkdir", (str(tmp_path / "a" / "b"),)),
         ("fs.fsync_dir", (str(tmp_path / "a"),)),
     ]
+
+
+def test_whoever_was_second_to_make_a_directory_makes_it_durable_too(tmp_path: Path) -> None:
+    """The first may not have come to that yet, or die before it."""
+    plan = FaultPlan()
+    second = plan.pause("fs.mkdir")
+    first = plan.pause("fs.fsync_dir")
+    with plan, ThreadPoolExecutor(2) as pool:
+        late = pool.submit(_fs.make_dirs, tmp_path / "a", 0o755)
+        second.wait()
+        early = pool.submit(_fs.make_dirs, tmp_path / "a", 0o755)
+        first.wait()
+        second.release()
+        late.result(20)
+        assert [step.name for step in plan.trace] == ["fs.mkdir", "fs.mkdir", "fs.fsync_dir", "fs.fsync_dir"]
+        first.release()
+        early.result(20)
 
 
 def test_a_file_where_a_directory_should_be_is_an_error(tmp_path: Path) -> None:

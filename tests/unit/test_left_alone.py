@@ -14,7 +14,7 @@ from harness import places
 from harness.images import MIB
 from harness.rig import Rig
 from harness.upkeep import assert_counts_as_du, counted, dense, names, open_cache
-from nova_imagecache import NoSpaceError
+from nova_imagecache import BaseImage, DiskUsage, NoSpaceError
 
 SAMPLES = {name: dense(f"left alone {name}", MIB) for name in ("a", "b", "c")}
 TIGHT = 256 * 1024
@@ -205,7 +205,7 @@ def test_a_base_that_cannot_be_measured_stops_no_fetch(rig: Rig, caplog: pytest.
 
     with pytest.MonkeyPatch.context() as patch:
 
-        def usage(base):  # type: ignore[no-untyped-def]
+        def usage(base: BaseImage) -> DiskUsage:
             if base.image_id == "b":
                 raise PermissionError(13, "not ours to list")
             return measure(base)

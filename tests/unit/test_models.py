@@ -57,7 +57,7 @@ def test_every_value_is_frozen_slotted_and_documented(cls: Any) -> None:
 def test_a_frozen_value_refuses_changes() -> None:
     """As Python says it."""
     with pytest.raises(dataclasses.FrozenInstanceError):
-        RECORD.size = 1  # type: ignore[misc]
+        RECORD.size = 1  # type: ignore[misc]  # that is the point
 
 
 @pytest.mark.parametrize("algorithm", _models.DIGEST_ALGORITHMS)

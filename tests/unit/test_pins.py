@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -117,7 +118,7 @@ def test_other_files_are_no_pins(root: Root) -> None:
 
 
 def test_a_pin_beside_the_last_ones_end_is_kept(root: Root) -> None:
-    """The directory goes with the last pin at the moment in which another is written: that one is written again."""
+    """The directory does not go with the last pin at the moment in which another is written."""
     root.pin(Pin(image_id="img", owner="old"))
     plan = FaultPlan()
     pause = plan.pause("fs.rename", match="me")
@@ -133,12 +134,41 @@ def test_a_pin_beside_the_last_ones_end_is_kept(root: Root) -> None:
         thread = threading.Thread(target=work)
         thread.start()
         pause.wait()
-        root.unpin("img", "old")
-        pause.release()
+        with ThreadPoolExecutor(1) as pool:
+            unpinning = pool.submit(root.unpin, "img", "old")
+            time.sleep(0.2)
+            pause.release()
+            unpinning.result(20)
         thread.join(20)
     assert errors == []
     assert owners(root) == ["me"]
     assert list(root.staging.iterdir()) == []
+
+
+def test_a_pin_whose_directory_goes_and_comes_is_not_swept_with_an_older_one(root: Root) -> None:
+    """The last other pin takes it away before it is held, and an earlier pin of this owner, over by now, brings it."""
+    root.pin(Pin(image_id="img", owner="old"))
+    directory = root.path / "pins" / "img"
+    plan = FaultPlan()
+    beginning = plan.pause("fs.mkdir", match="pins/img", when="after")
+    writing = plan.pause("fs.mkdir", match="staging/nova.json", when="after")
+    sweeping = plan.pause("fs.unlink", match="nova.json")
+    root.unpin("img", "old")
+    with plan, ThreadPoolExecutor(2) as pool:
+        pinning = pool.submit(root.pin, Pin(image_id="img", owner="nova"))
+        beginning.wait()
+        root.unpin("img", "old")
+        beginning.release()
+        writing.wait()
+        directory.mkdir(exist_ok=True)
+        (directory / "nova.json").write_text(json.dumps({"until": NOW}))
+        swept = pool.submit(root.sweep_pins, NOW)
+        time.sleep(0.2)
+        writing.release()
+        pinning.result(20)
+        sweeping.release()
+        swept.result(20)
+    assert owners(root) == ["nova"]
 
 
 def test_many_pin_and_unpin_at_once(root: Root) -> None:

@@ -73,7 +73,7 @@ def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
 class _Unsure:
     name = "unsure"
 
-    def find(self, bases: object) -> list[object]:
+    def find(self, bases: Sequence[BaseImage]) -> Iterator[DiskUser]:
         raise UsersUnknownError("nobody can say")
 
 
@@ -108,7 +108,7 @@ def test_a_disk_that_came_between_the_looks_keeps_its_bytes(host: Host, monkeypa
     really = type(backend).retire_base
 
     def retire(self: object, base: BaseImage) -> object:
-        retired = really(self, base)  # type: ignore[arg-type]
+        retired = really(self, base)  # type: ignore[arg-type]  # the backend's own
         path = host.foreign / "vm" / "disk"
         path.parent.mkdir()
         qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", str(host.base), "-F", "raw", str(path), "4M")
@@ -124,7 +124,7 @@ def test_a_disk_that_came_between_the_looks_keeps_its_bytes(host: Host, monkeypa
 
 def test_in_doubt_the_old_bytes_stay(host: Host) -> None:
     host.renew()
-    with host.cache(_Unsure()) as cache:  # type: ignore[arg-type]
+    with host.cache(_Unsure()) as cache:
         with pytest.raises(UsersUnknownError):
             cache.ensure_base("img", expect=NEW.digest)
         assert host.base.read_bytes() == OLD.guest
@@ -187,7 +187,7 @@ def test_a_damaged_base_stays_for_a_disk_that_a_finder_knows(host: Host) -> None
 
 
 def test_a_damaged_base_stays_in_doubt(host: Host) -> None:
-    with host.cache(_Unsure()) as cache:  # type: ignore[arg-type]
+    with host.cache(_Unsure()) as cache:
         cache.ensure_base("img")
         host.damage()
         with pytest.raises(BaseCorruptError, match="It stays"):

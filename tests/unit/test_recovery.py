@@ -13,6 +13,7 @@ import pytest
 
 from conftest import InChild
 from harness import images, places
+from harness.children import run_to_death
 from harness.images import MIB, qemu_img
 from harness.rig import Rig
 from harness.upkeep import names, open_cache
@@ -63,6 +64,40 @@ def test_a_disk_that_was_flattened_by_others_lets_its_base_go(rig: Rig) -> None:
     assert cache.users("img") == []
     assert cache.get_root_disk("vm").reference == "none"
     assert cache.recover().removed == ()
+
+
+def _die_while_making(rig: Rig) -> None:
+    """Of vm/disk its record is there, and what ties it; nothing else."""
+    rig.cache().ensure_base("img")
+    plan = FaultPlan().kill("fs.fsync_dir", match=str(rig.disks))
+
+    def make() -> None:
+        with plan:
+            rig.cache().create_root_disk("img", "vm", size=SIZE)
+
+    assert run_to_death(make, "while it made a disk")
+    assert (rig.disks / "vm" / "disk.json").exists()
+
+
+@pytest.mark.parametrize("whose", ["its maker's", "the driver's"])
+def test_the_directory_of_a_dead_maker_goes_if_it_was_made_for_the_disk(whose: str, rig: Rig) -> None:
+    """One that the driver made, for files of its own, stays as it was."""
+    if whose == "the driver's":
+        (rig.disks / "vm").mkdir(parents=True)
+    _die_while_making(rig)
+    assert rig.cache().recover().removed
+    assert (rig.disks / "vm").exists() is (whose == "the driver's")
+    rig.check_tidy("recovered")
+
+
+def test_the_directory_of_a_dead_maker_goes_with_another_disk(rig: Rig) -> None:
+    """It is that one's from then on."""
+    _die_while_making(rig)
+    with rig.cache() as cache:
+        cache.create_root_disk("img", "vm", name="disk.rescue", size=SIZE)
+        assert cache.recover().removed
+        cache.remove_root_disk("vm", name="disk.rescue")
+    assert not (rig.disks / "vm").exists()
 
 
 def test_what_others_called_like_ours_stays(rig: Rig) -> None:

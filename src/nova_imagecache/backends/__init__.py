@@ -354,7 +354,11 @@ class Backend(abc.ABC):
         """Free the space. Disks that hold on to the bytes by themselves (hard links) keep them."""
 
     def quarantine_base(self, base: BaseImage) -> None:
-        """Take a damaged base out of use. The default retires and purges it."""
+        """Take a damaged base out of use. The default retires and purges it.
+
+        Raises:
+            BaseInUseError: a disk came to read it by its name meanwhile; it is in its place.
+        """
         self.purge_base(self.retire_base(base))
 
     def reown_base(self, base: BaseImage, damage: Callable[[BaseImage], str | None]) -> bool:

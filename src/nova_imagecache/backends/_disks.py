@@ -34,7 +34,7 @@ from nova_imagecache.backends import (
     RootDisk,
 )
 from nova_imagecache.backends._making import Making
-from nova_imagecache.backends._references import finish, unfinished
+from nova_imagecache.backends._references import finish
 from nova_imagecache.backends._seen import is_foreign
 from nova_imagecache.backends._ties import TiedDisks, sides
 from nova_imagecache.exceptions import DiskInUseError
@@ -80,25 +80,44 @@ class FileDisks(TiedDisks):
     def create_root_disk(self, base: BaseImage, disk_id: str, name: str, size: int) -> RootDisk:
         directory = self._directory(disk_id)
         with _entries.held(directory) as made:
-            if _entries.names(directory):  # held: also where we made it, another may have been first to hold it
-                if os.path.lexists(directory / name):
-                    raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name)
-                self._clear_place(directory, disk_id, name)
-            making = Making(directory, name, nameless=self.making_is_short)
             try:
-                disk = self._create(base, disk_id, name, size, making, own_directory=made)
-                making.close()
+                return self._create_held(base, disk_id, name, size, own_directory=made)
             except BaseException:
-                if not making.is_at(directory / name):
-                    self._forget(directory, disk_id, name)
-                making.close()
-                if made:
-                    _fs.rmdir(directory)
+                # also where we made it, another may have been first to hold it
+                if made and not _fs.rmdir(directory):
+                    self._hand_on_directory(disk_id)
                 raise
-            return disk
+
+    def _create_held(self, base: BaseImage, disk_id: str, name: str, size: int, *, own_directory: bool) -> RootDisk:
+        directory = self._directory(disk_id)
+        # whoever made it may be dead, or not the first to hold it; a disk that is there has made its name durable
+        entries = set(_entries.names(directory))
+        new_name = not any(f"{entry}.json" in entries for entry in entries)
+        if entries:
+            if os.path.lexists(directory / name):
+                raise DiskExistsError(image_id=base.image_id, disk_id=disk_id, name=name)
+            self._clear_place(directory, disk_id, name)
+        making = Making(directory, name, nameless=self.making_is_short)
+        try:
+            disk = self._create(base, disk_id, name, size, making, own_directory=own_directory, new_name=new_name)
+            making.close()
+        except BaseException:
+            if not making.is_at(directory / name):
+                self._forget(directory, disk_id, name)
+            making.close()
+            raise
+        return disk
 
     def _create(
-        self, base: BaseImage, disk_id: str, name: str, size: int, making: Making, *, own_directory: bool
+        self,
+        base: BaseImage,
+        disk_id: str,
+        name: str,
+        size: int,
+        making: Making,
+        *,
+        own_directory: bool,
+        new_name: bool,
     ) -> RootDisk:
         directory = self._directory(disk_id)
         record = _records.DiskRecord(
@@ -129,7 +148,7 @@ class FileDisks(TiedDisks):
                 _fs.start_writeback(made, 0, size)
                 _fs.fsync(written)
                 _fs.fsync(made)
-                if own_directory:
+                if new_name:
                     _fs.fsync_dir(directory.parent)
                 making.publish(made, directory / name)
             except FileExistsError:
@@ -260,8 +279,7 @@ class FileDisks(TiedDisks):
                 )
             self._refuse_readers(disk_id, name, record)
             for each in sides(record):
-                if (written := self._path_reference(each, disk_id, name)) is not None:
-                    _fs.rename(written, unfinished(self.user_record(each.image_id, disk_id, name)))
+                self._begin_ending(each, disk_id, name)
             _fs.unlink(directory / name)
             self._forget(directory, disk_id, name)
             own = record is not None and record.own_directory

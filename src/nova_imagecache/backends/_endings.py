@@ -12,13 +12,17 @@ from nova_imagecache.backends._files import FileBases
 from nova_imagecache.backends._references import (
     aside,
     asides,
+    end,
     host_record,
     is_of,
     leads_to,
     made_at,
+    moment,
     of_moment,
     others,
+    read,
     refers_to,
+    rename,
     unfinished,
 )
 from nova_imagecache.backends._seen import reader_of, seen
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _log = logging.getLogger(__name__)
+_ATTEMPTS = 5
+"""Of passing a reference on to a disk that may go meanwhile."""
 
 
 class EndingReferences(FileBases):
@@ -50,32 +56,42 @@ class EndingReferences(FileBases):
         If another disk of that moment is seen that needs one and has none, it stays, and is that one's from now on if
         this one is known. In doubt it stays as it is.
         """
-        try:
-            heir = None if own is None else self._heir(written, own, disk)
-        except OSError as err:
-            _log.warning("%s stays, another disk may need it: %s", written, err)
-            return False
-        if own is None or heir is None:
-            _fs.unlink(written)
-            _fs.rmdir(written.parent)
-        elif disk is not None and refers_to(written) != heir:
-            self._pass_on(written, own, heir)
-        return heir is None
+        for _attempt in range(_ATTEMPTS):
+            known = read(written)
+            if known is None or moment(known) != own:  # another's has its name by now
+                return False
+            try:
+                heir = None if own is None else self._heir(written, own, disk)
+            except OSError as err:
+                _log.warning("%s stays, another disk may need it: %s", written, err)
+                return False
+            if own is None or heir is None:
+                return end(written, known)
+            if disk is None or refers_to(written) == heir or self._pass_on(written, known, own, heir):
+                return False
+        return False
 
-    def _pass_on(self, written: Path, own: float, heir: Path) -> None:
+    def _pass_on(self, written: Path, known: bytes, own: float, heir: Path) -> bool:
+        """Make the reference the heir's; False: it went, or needs none by now."""
         disk_id, name = heir.parent.name, heir.name
         passed = self.user_record(written.parent.name, disk_id, name)
         held = _entries.hold(heir.parent, wait=False, follow=True)
         try:
+            if held is not None:
+                record = self._load(heir.parent, name)
+                if record is None or record.made_at != own:
+                    return False
             if held is None or os.path.lexists(passed):  # where another may be writing
                 passed = aside(passed)
             # first: from its name alone, whoever ends the heir knows it
-            _fs.rename(written, passed)
+            if not rename(written, known, passed):
+                return False
             _entries.replace_file(passed, host_record(disk_id, name, heir, own), 0o644, staging=self.staging)
         finally:
             if held is not None:
                 held.release()
         _log.info("%s is %s now, of another disk of that moment", written, passed)
+        return True
 
     def _heir(self, written: Path, own: float, disk: Path | None) -> Path | None:
         """A disk that needs the reference of another one made at ``own``.
@@ -131,8 +147,8 @@ class EndingReferences(FileBases):
         if not left.exists() or (found := made_at(left)) == own:
             return
         self._end_reference(left, found, None)
-        if left.exists():
-            _fs.rename(left, aside(written))
+        if (known := read(left)) is not None:
+            rename(left, known, aside(written))
 
     def _drop_references_by_name(self, disk_id: str, name: str) -> None:
         """Take the path reference of a disk away whose directory or record is gone: the caller says that the disk is.
@@ -141,10 +157,9 @@ class EndingReferences(FileBases):
         none of a later one.
         """
         written = [self.user_record(image_id, disk_id, name) for image_id in _entries.names(self._users)]
-        there = [path for path in written if path.exists()]
         # where two directories of disks share a root, it may be of the other's disk of that name
-        there = [path for path in there if (own := made_at(path)) is None or not leads_to(path, own)]
-        there = there or [one for path in written for one in asides(path)]
+        there = [path for path in written if _is_of_nobody(path)]
+        there = there or [one for path in written for one in asides(path) if _is_of_nobody(one)]
         if not there:
             return
         # held as by whoever makes a disk of this name, who writes its reference under the same hold
@@ -157,3 +172,12 @@ class EndingReferences(FileBases):
             finally:
                 if made:
                     _fs.rmdir(directory)
+
+
+def _is_of_nobody(written: Path) -> bool:
+    """Whether a path reference is there, and leads to no disk."""
+    known = read(written)
+    if known is None:
+        return os.path.lexists(written)
+    own = moment(known)
+    return own is None or not leads_to(written, own)

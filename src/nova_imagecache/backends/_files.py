@@ -38,11 +38,13 @@ from nova_imagecache.backends import (
     Retired,
     Survey,
     Unreadable,
+    UsersUnknownError,
     _reown,
 )
 from nova_imagecache.backends._looks import Looks, allocated_in, mark, retired_base
 from nova_imagecache.backends._unreadable import unreadable
 from nova_imagecache.backends._writer import FileOptions, FileWriter
+from nova_imagecache.exceptions import BaseInUseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -242,8 +244,18 @@ class FileBases(Backend):
             _fs.rmtree(dead)
 
     def quarantine_base(self, base: BaseImage) -> None:
+        directory = self._bases / base.image_id
         with suppress(FileNotFoundError):  # gone already
-            self._move_away(self._bases / base.image_id, self._quarantine)
+            token = self._move_away(directory, self._quarantine)
+            # the second look: who came to name it meanwhile would not open without it
+            try:
+                users = [user for user in self.iter_users(base) if user.known_by != "link"]
+            except UsersUnknownError:
+                _fs.rename(self._quarantine / token, directory)
+                raise
+            if users:
+                _fs.rename(self._quarantine / token, directory)
+                raise BaseInUseError(users, image_id=base.image_id, stage="quarantine")
 
     def _move_away(self, directory: Path, where: Path) -> str:
         _fs.make_dirs(where, 0o700)
@@ -325,8 +337,9 @@ class FileBases(Backend):
             held = None
             try:
                 held = _entries.hold(self._trash / token, wait=False, follow=True)
-                if held is None and (self._trash / token).is_dir():
-                    alive.append(token)
+                if held is None or self._is_another_going(token):
+                    if (self._trash / token).is_dir():
+                        alive.append(token)
                     continue
                 if self._give_back(token):
                     restored.append(token)
@@ -340,6 +353,14 @@ class FileBases(Backend):
                 if held is not None:
                     held.release()
         return purged, restored, alive, failed
+
+    def _is_another_going(self, token: str) -> bool:
+        """Whether another base of that name is on its way out and may come back: the name is that one's."""
+        image_id = token.rpartition(".")[0]
+        if token.startswith(".") or os.path.lexists(self._bases / image_id):
+            return False
+        others = (name for name in _entries.names(self._trash) if name.rpartition(".")[0] == image_id)
+        return any(name != token and _entries.alive(self._trash / name) for name in others)
 
     def _give_back(self, token: str) -> bool:
         """Give a base in the trash its name back; whether it has it. One that was being purged is past that."""

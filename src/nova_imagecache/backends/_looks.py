@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
 
+_LOOKS = 100
+"""Times that an image's path references are listed until all of them stand still."""
 _RECORD = 8192
 """Bytes that hold any record we write, so that one read is enough."""
 
@@ -211,31 +213,36 @@ class Looks:
         for _number in range(links):
             yield DiskUser(image_id=image_id, known_by="link")
 
-    def _path_users(self, image_id: str) -> Iterator[DiskUser]:
+    def _path_users(self, image_id: str) -> list[DiskUser]:
         directory = f"{self._users}/{image_id}"
-        try:
-            names = sorted(os.listdir(directory))  # noqa: PTH208 - names, not paths
-        except FileNotFoundError:
-            return
-        for name in names:
+        for _look in range(_LOOKS):
             try:
-                values = json.loads(_read_bytes(f"{directory}/{name}"))
-                disk_id, disk_name, path = values["disk_id"], values["name"], str(values["path"])
-            except FileNotFoundError:  # its disk was removed meanwhile
+                names = sorted(os.listdir(directory))  # noqa: PTH208 - names, not paths
+            except FileNotFoundError:
+                return []
+            try:
+                return [_path_user(image_id, directory, name) for name in names]
+            except FileNotFoundError:  # of a disk that was removed; or it has another name now
                 continue
-            except (ValueError, TypeError, KeyError):
-                # an unreadable record is still somebody's
-                yield DiskUser(image_id=image_id, known_by="path", detail=name, certain=False)
-                continue
-            # a path that is gone may have moved: doubt, which keeps the base; so did what was set aside
-            yield DiskUser(
-                image_id=image_id,
-                known_by="path",
-                disk_id=disk_id,
-                name=disk_name,
-                detail=path,
-                certain="~" not in name and os.path.exists(path),  # noqa: PTH110 - thousands in a pass
-            )
+        raise OSError(errno.EAGAIN, "path references come and go all the time", directory)
+
+
+def _path_user(image_id: str, directory: str, name: str) -> DiskUser:
+    try:
+        values = json.loads(_read_bytes(f"{directory}/{name}"))
+        disk_id, disk_name, path = values["disk_id"], values["name"], str(values["path"])
+    except (ValueError, TypeError, KeyError):
+        # an unreadable record is still somebody's
+        return DiskUser(image_id=image_id, known_by="path", detail=name, certain=False)
+    # a path that is gone may have moved: doubt, which keeps the base; so did what was set aside
+    return DiskUser(
+        image_id=image_id,
+        known_by="path",
+        disk_id=disk_id,
+        name=disk_name,
+        detail=path,
+        certain="~" not in name and os.path.exists(path),  # noqa: PTH110 - thousands in a pass
+    )
 
 
 def _missing(directory: str) -> str | None:
@@ -243,7 +250,8 @@ def _missing(directory: str) -> str | None:
     if not os.path.lexists(directory):
         return None
     parts = ("base.json", "disk")
-    return next((part for part in parts if not os.path.lexists(f"{directory}/{part}")), None)
+    missing = next((part for part in parts if not os.path.lexists(f"{directory}/{part}")), None)
+    return missing if os.path.lexists(directory) else None
 
 
 def _links(path: Path) -> int:
@@ -264,8 +272,16 @@ def retired_base(image_id: str, directory: Path) -> BaseImage | None:
 
 
 def allocated_in(directory: str) -> int:
-    """The bytes that a base's directory takes, and all that is in it."""
-    return _stat_entries(directory, {}) * 512
+    """The bytes that a base's directory takes, and all that is in it.
+
+    Raises:
+        FileNotFoundError: the base is not there, or was taken away while it was counted.
+    """
+    found: dict[str, os.stat_result] = {}
+    blocks = _stat_entries(directory, found)
+    if not {"base.json", "disk"} <= found.keys():
+        raise FileNotFoundError(errno.ENOENT, "no base is there", directory)
+    return blocks * 512
 
 
 def mark(path: str | Path) -> float | None:

@@ -5,70 +5,53 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 from nova_imagecache import _records
 from nova_imagecache.backends import (
-    Backend,
     BackendError,
-    BackendPaths,
     BaseImage,
     BaseNotFoundError,
     BaseWriter,
     Capacity,
     DiskUsage,
-    DiskUser,
     Extent,
     ImageInfo,
     RbdLocation,
-    Retired,
-    UsersUnknownError,
     _rados,
     _rbd_look,
     _rbd_room,
-    _rbd_store,
 )
 from nova_imagecache.backends._rados_errors import (
-    BusyError,
-    ExistsError,
-    ForbiddenError,
     NotThereError,
-    SnapshotsError,
 )
-from nova_imagecache.backends._rbd_adopted import TOUCH_INTERVAL, Adopted
-from nova_imagecache.backends._rbd_options import RbdOptions
+from nova_imagecache.backends._rbd_adopted import TOUCH_INTERVAL
 from nova_imagecache.backends._rbd_owner import is_unfinished
-from nova_imagecache.backends._rbd_store import BASE, LAST_USED, RECORD, SNAPSHOT, SUMS, UNUSED_SINCE, Store, base_name
+from nova_imagecache.backends._rbd_retired import RetirableBases, is_record, seconds
+from nova_imagecache.backends._rbd_store import (
+    BASE,
+    DAMAGED,
+    LAST_USED,
+    RECORD,
+    SNAPSHOT,
+    SUMS,
+    UNUSED_SINCE,
+    base_name,
+)
 from nova_imagecache.backends._rbd_writer import RbdWriter
-from nova_imagecache.exceptions import BaseInUseError, ImageRejectedError
+from nova_imagecache.exceptions import ImageRejectedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from nova_imagecache.backends._rados import Image, Ioctx
+    from nova_imagecache.backends._rados import Image
 
 _MIB = 2**20
-TRASH = "trash."
-"""What the name of a retired base's location begins with; its id follows."""
-
 _log = logging.getLogger(__name__)
 
 
-class RbdBases(Backend):
+class RbdBases(RetirableBases):
     """The bases' half."""
-
-    busy_patience: ClassVar[float] = 35.0
-    """Seconds for which something in use is tried again: longer than Ceph takes a dead client for a live one."""
-
-    def __init__(self, options: Mapping[str, Any], paths: BackendPaths) -> None:
-        self.options = RbdOptions.parse(options)
-        self.paths = paths
-        self.store = Store(self.options, self.busy_patience)
-        self.adopted = Adopted(self.store, paths.root)
-
-    def close(self) -> None:
-        self.store.close()
 
     # --- finding
 
@@ -108,6 +91,8 @@ class RbdBases(Backend):
             values = _rbd_look.all_metadata(self.store.io, rbd_id)
         except NotThereError:
             return None
+        if DAMAGED in values:  # its quarantine died half-way
+            return None
         return self._base(image_id, values, self.store.location(name, SNAPSHOT))
 
     def _base(self, image_id: str, values: Mapping[str, str], location: RbdLocation) -> BaseImage | None:
@@ -121,8 +106,8 @@ class RbdBases(Backend):
             image_id=image_id,
             location=location,
             record=record,
-            last_used=_seconds(values.get(LAST_USED)),
-            unused_since=_seconds(values.get(UNUSED_SINCE)),
+            last_used=seconds(values.get(LAST_USED)),
+            unused_since=seconds(values.get(UNUSED_SINCE)),
             inspected=record.inspector,
         )
 
@@ -155,7 +140,7 @@ class RbdBases(Backend):
         if rbd_id is None:
             return
         last_used, unused_since = (
-            _seconds(_rbd_look.metadata_of(self.store.io, rbd_id, key)) for key in (LAST_USED, UNUSED_SINCE)
+            seconds(_rbd_look.metadata_of(self.store.io, rbd_id, key)) for key in (LAST_USED, UNUSED_SINCE)
         )
         # a write for each disk would make one object of all hosts' traffic
         if unused_since is None and time.time() - (last_used or 0.0) < TOUCH_INTERVAL:
@@ -173,104 +158,15 @@ class RbdBases(Backend):
             else:
                 _rados.set_metadata(image, UNUSED_SINCE, repr(when))
 
-    # --- users
-
-    def iter_users(self, base: BaseImage) -> Iterator[DiskUser]:
-        ioctx, name = self._whereabouts(base)
-        try:
-            if name.startswith(TRASH):
-                with _rbd_look.opened_by_id(ioctx, name.removeprefix(TRASH)) as image:
-                    found = _rbd_look.children(image)
-            else:
-                with _rbd_look.opened(ioctx, name) as image:
-                    found = _rbd_look.children(image)
-        except NotThereError as err:
-            if name.startswith(TRASH):  # purged, which takes that there were none
-                return
-            raise UsersUnknownError("the base is gone or retired", image_id=base.image_id, stage="users") from err
-        except ForbiddenError as err:
-            detail = f"client.{self.options.user} may not see the clones in all pools: {err.detail}"
-            raise UsersUnknownError(detail, image_id=base.image_id, stage="users") from err
-        for child in found:
-            yield self._user(base.image_id, child)
-
-    def _user(self, image_id: str, child: _rbd_look.Child) -> DiskUser:
-        detail = f"{child.pool}/{child.name}" + (" (in the trash)" if child.trash else "")
-        ours = child.pool == self.options.pool and not child.trash
-        names = _rbd_store.split_disk_name(child.name) if ours else None
-        disk_id, name = names or (None, None)
-        return DiskUser(image_id=image_id, known_by="clone", disk_id=disk_id, name=name, detail=detail)
-
-    def _whereabouts(self, base: BaseImage) -> tuple[Ioctx, str]:
-        if not isinstance(base.location, RbdLocation):
-            raise BackendError("not a base of this backend", image_id=base.image_id)
-        return self.store.connection.pool(base.location.pool), base.location.name
-
-    # --- going
-
-    def retire_base(self, base: BaseImage) -> Retired:
-        if not base.managed:
-            todo = "Delete the image in the image service instead"
-            raise BackendError("the base is adopted, and Glance's to remove", image_id=base.image_id, todo=todo)
-        name = base_name(base.image_id)
-        rbd_id = self.store.id_of(name)
-        if rbd_id is None:
-            raise BaseNotFoundError(image_id=base.image_id, stage="retire")
-        try:
-            self.store.take_away(rbd_id, name)
-        except NotThereError as err:
-            raise BaseNotFoundError(image_id=base.image_id, stage="retire") from err
-        return Retired(base=replace(base, location=self.store.location(TRASH + rbd_id, SNAPSHOT)), token=rbd_id)
-
-    def restore_base(self, retired: Retired) -> None:
-        # ExistsError: a new base has the name. NotThereError: a recover beside us restored or purged it
-        with suppress(ExistsError, NotThereError):
-            _rados.trash_restore(self.store.io, retired.token, base_name(retired.base.image_id))
-
-    def purge_base(self, retired: Retired) -> None:
-        self.store.patiently(lambda: self.purge(retired))
-
-    def purge(self, retired: Retired) -> None:
-        """As ``purge_base``, once.
-
-        Raises:
-            BusyError: somebody has it open, or a ``restore_base`` died half-way.
-        """
-        if _rbd_look.trash_entry(self.store.io, retired.token) is None:  # restored or purged by somebody else
-            return
-        # clones of format 2 do not stop Ceph from removing the snapshot
-        if users := list(self.iter_users(retired.base)):
-            raise BaseInUseError(users, image_id=retired.base.image_id, stage="purge")
-        try:
-            self.store.strip(retired.token)
-            self.store.empty(retired.token, base_name(retired.base.image_id))
-        except NotThereError:
-            return
-        except (BusyError, SnapshotsError) as err:
-            # a clone came between the look and the removal; its maker finds the base gone and drops it
-            users = list(self.iter_users(retired.base))
-            if not users:
-                raise
-            raise BaseInUseError(users, image_id=retired.base.image_id, stage="purge") from err
-
-    def quarantine_base(self, base: BaseImage) -> None:
-        if not base.managed:
-            self.adopted.forget(base.image_id)
-            return
-        name = base_name(base.image_id)
-        with suppress(NotThereError), _rados.changing(self.store.io, name=name) as image:
-            _rados.set_metadata(image, _rbd_store.DAMAGED, "yes")
-        # with users it stays in the trash for them, and is not given its name back
-        with suppress(BaseNotFoundError, BaseInUseError):
-            self.purge_base(self.retire_base(base))
-
     # --- bytes and figures
 
     def read_base(self, base: BaseImage) -> Iterator[Extent]:
         assert isinstance(base.location, RbdLocation)  # noqa: S101 - for mypy; _whereabouts refuses others
+        snapshot = base.location.snapshot or SNAPSHOT
         try:
             ioctx, name = self._whereabouts(base)
-            with _rbd_look.opened(ioctx, name, snapshot=base.location.snapshot) as image:
+            with _rbd_look.opened(ioctx, name, snapshot=snapshot) as image:
+                self._refuse_another(base, image)
                 for start, length in _rbd_look.data_extents(image, fixed=True):
                     end = min(start + length, base.record.size)
                     position = start
@@ -278,12 +174,28 @@ class RbdBases(Backend):
                         piece = min(_MIB - position % _MIB, end - position)
                         yield Extent(offset=position, data=_rbd_look.read(image, position, piece))
                         position += piece
+                # what is removed reads as zeros; its snapshot goes before any of its data
+                if not _rbd_look.has_snapshot(ioctx, image.id(), snapshot):
+                    raise BaseNotFoundError("it went while it was read", image_id=base.image_id, stage="reading")
         except NotThereError as err:
             raise BaseNotFoundError(image_id=base.image_id, stage="reading") from err
 
+    def _refuse_another(self, base: BaseImage, image: Image) -> None:
+        if base.managed:
+            same = is_record(_rbd_look.metadata(image, RECORD), base)
+        else:
+            same = self.adopted.is_clone(base, image.id())
+        if not same:
+            raise BaseNotFoundError("another base has its name by now", image_id=base.image_id, stage="reading")
+
     def read_sums(self, base: BaseImage) -> bytes | None:
-        rbd_id = self.store.id_of(base_name(base.image_id)) if base.managed else None
-        return None if rbd_id is None else _rbd_look.read_object(self.store.io, SUMS + rbd_id)
+        if not base.managed:
+            return None
+        rbd_id = self._id_of(base, "reading")
+        sums = _rbd_look.read_object(self.store.io, SUMS + rbd_id)
+        if sums is None:
+            self._id_of(base, "reading", rbd_id)  # they go with the base
+        return sums
 
     def usage(self, base: BaseImage) -> DiskUsage:
         if not base.managed:  # Glance's, and counted there
@@ -316,10 +228,3 @@ def _allocated(image: Image, *, fixed: bool) -> int:
     if not fixed and _rbd_look.parent(image) is not None:
         return 0
     return sum(length for _, length in _rbd_look.data_extents(image, fixed=fixed))
-
-
-def _seconds(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None

@@ -7,7 +7,7 @@ live one for ``osd_client_watch_timeout`` (30 s by default), and until then it i
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,14 +23,27 @@ from nova_imagecache.backends import (
 )
 from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError
 from nova_imagecache.backends._rbd_attach import AttachableDisks
-from nova_imagecache.backends._rbd_bases import TRASH
 from nova_imagecache.backends._rbd_look import Trashed
 from nova_imagecache.backends._rbd_owner import is_sign, is_unfinished
-from nova_imagecache.backends._rbd_store import BASE, DAMAGED, DELAY, FINAL, GOING, RECORD, SNAPSHOT, split_disk_name
+from nova_imagecache.backends._rbd_retired import TRASH
+from nova_imagecache.backends._rbd_store import (
+    BASE,
+    DAMAGED,
+    DELAY,
+    FINAL,
+    GOING,
+    RECORD,
+    RETIRED,
+    SNAPSHOT,
+    split_disk_name,
+)
 from nova_imagecache.exceptions import BaseInUseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from nova_imagecache.backends._rados import Image
 
 _PROMPT = 600.0
 """Seconds within which a disk that is being removed comes to the trash; who moves it there later has another reason."""
@@ -56,13 +69,13 @@ class RecoverableRbd(AttachableDisks):
         for entry in trash:
             if not entry.name.startswith(BASE):
                 settle = self._settle_unfinished if is_unfinished(entry.name) else self._settle_disk
-                self._try(f"trash/{entry.name}", notes, partial(settle, entry, notes))
+                self._try(f"trash/{entry.name}", notes, partial(self._settle, settle, entry, notes))
         for name in filter(is_unfinished, names):
             self._try(f"staging/{name}", notes, partial(self._sweep_named, name, notes))
         for entry in trash:
             if entry.name.startswith(BASE):
-                self._try(f"trash/{entry.name}", notes, partial(self._settle_retired, entry, notes))
-        for name in self.bases_without_snapshot(names):
+                self._try(f"trash/{entry.name}", notes, partial(self._settle, self._settle_retired, entry, notes))
+        for name in self.useless_bases(names):
             self._try(f"bases/{name}", notes, partial(self._sweep_useless, name, notes))
         # who has no sign of life any more has nothing unfinished any more
         for name in filter(is_sign, names):
@@ -88,6 +101,19 @@ class RecoverableRbd(AttachableDisks):
 
     # --- in the trash
 
+    def _settle(self, settle: Callable[[Trashed, _Notes], None], entry: Trashed, notes: _Notes) -> None:
+        """Settle what was listed, if it still lies there as it did then: minutes may have passed over others."""
+        with ExitStack() as claim:
+            if self._is_ours(entry):
+                with suppress(NotThereError):
+                    claim.enter_context(self.store.claimed(entry.image_id, "sweeping it"))
+            if _rbd_look.trash_entry(self.store.io, entry.image_id) == entry:
+                settle(entry, notes)
+
+    def _is_ours(self, entry: Trashed) -> bool:
+        key = RECORD if entry.name.startswith(BASE) else GOING
+        return is_unfinished(entry.name) or _rbd_look.metadata_of(self.store.io, entry.image_id, key) is not None
+
     def _settle_unfinished(self, entry: Trashed, notes: _Notes) -> None:
         """Something that died between its two steps of publishing: finish the second, or drop it."""
         if self.store.owner.is_alive(entry.name) or _rbd_look.is_watched(self.store.io, entry.image_id):
@@ -98,13 +124,21 @@ class RecoverableRbd(AttachableDisks):
             notes.restored.append(f"trash/{entry.name}")
 
     def _settle_retired(self, entry: Trashed, notes: _Notes) -> None:
-        """A base whose removal did not come to its end: finish it, or give the name back for its users."""
+        """A base whose removal did not come to its end: finish it, or give the name back, for its users or a look."""
         if self._headless(entry):
             self.store.empty(entry.image_id, entry.name)
             notes.removed.append(f"trash/{entry.name}")
             return
         base = self._retired(entry)
         if base is None:
+            return
+        # only retired, and not looked at for the second time
+        if (mark := self._note(entry.image_id, RETIRED)) is not None and self._restorable(entry):
+            if self.store.owner.is_alive(mark):
+                notes.alive.append(f"trash/{entry.name}")
+            else:
+                self.store.restore(entry.image_id, entry.name)
+                notes.restored.append(f"trash/{entry.name}")
             return
         if self.store.id_of(entry.name) == entry.image_id:
             # half-way into the trash or out of it; the way out is safe to finish from either
@@ -135,9 +169,8 @@ class RecoverableRbd(AttachableDisks):
         return None if base is None else Retired(base=base, token=entry.image_id)
 
     def _restorable(self, entry: Trashed) -> bool:
-        with _rbd_look.opened_by_id(self.store.io, entry.image_id) as image:
-            whole = SNAPSHOT in _rbd_look.snapshots(image) and _rbd_look.metadata(image, DAMAGED) is None
-        return whole and self.store.id_of(entry.name) is None
+        useless = _is_useless(_rbd_look.opened_by_id(self.store.io, entry.image_id))
+        return not useless and self.store.id_of(entry.name) in (None, entry.image_id)
 
     def _settle_disk(self, entry: Trashed, notes: _Notes) -> None:
         """A disk on its way out: finish that; one whose successor never came gets its place back."""
@@ -212,33 +245,32 @@ class RecoverableRbd(AttachableDisks):
     # --- under a base's name
 
     def _sweep_useless(self, name: str, notes: _Notes) -> None:
-        """A base of ours that has lost its snapshot keeps its image from being brought in: out of its way."""
+        """A base of ours that nothing may be cloned from keeps its image from being brought in: out of its way."""
         rbd_id = self.store.id_of(name)
         if rbd_id is None or self._note(rbd_id, RECORD) is None:  # somebody else's; check tells of it
             return
-        self.store.take_away(rbd_id, name)
-        notes.removed.append(f"bases/{name}")
-        # what depends on it keeps it, in the trash
-        with suppress(BaseInUseError, UsersUnknownError):
-            if (base := self._retired(Trashed(image_id=rbd_id, name=name, moved_at=time.time()))) is not None:
-                self.purge(base)
+        with self.store.claimed(rbd_id, "sweeping it"):
+            # another than was looked at may have the name
+            if not _is_useless(_rbd_look.opened_by_id(self.store.io, rbd_id)):
+                return
+            self.store.take_away(rbd_id, name)
+            notes.removed.append(f"bases/{name}")
+            # what depends on it keeps it, in the trash
+            with suppress(BaseInUseError, UsersUnknownError):
+                if (base := self._retired(Trashed(image_id=rbd_id, name=name, moved_at=time.time()))) is not None:
+                    self.purge(base)
 
     # --- looking
 
-    def bases_without_snapshot(self, names: list[str]) -> Iterator[str]:
-        """Those of the names that are a base's and lead to an image from which nothing can be cloned."""
+    def useless_bases(self, names: list[str]) -> Iterator[str]:
+        """Those of the names that are a base's and lead to an image that is damaged, or has nothing to be cloned."""
         for name in names:
             if name.startswith(BASE):
                 try:
-                    with _rbd_look.opened(self.store.io, name) as image:
-                        whole = SNAPSHOT in _rbd_look.snapshots(image)
+                    useless = _is_useless(_rbd_look.opened(self.store.io, name))
                 except NotThereError:  # removed meanwhile
                     continue
-                except BackendError as err:
-                    if err.retryable:
-                        raise
-                    whole = False
-                if not whole:
+                if useless:
                     yield name
 
     def _note(self, rbd_id: str, key: str) -> str | None:
@@ -247,6 +279,19 @@ class RecoverableRbd(AttachableDisks):
                 return _rbd_look.metadata(image, key)
         except NotThereError:
             return None
+
+
+def _is_useless(opened: AbstractContextManager[Image]) -> bool:
+    """Whether an image is no base that disks may be made of: damaged, without its snapshot, not to be opened."""
+    try:
+        with opened as image:
+            return SNAPSHOT not in _rbd_look.snapshots(image) or _rbd_look.metadata(image, DAMAGED) is not None
+    except NotThereError:
+        raise
+    except BackendError as err:
+        if err.retryable:
+            raise
+        return True
 
 
 def _usurped(entry: Trashed) -> BackendError:

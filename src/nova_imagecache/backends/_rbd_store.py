@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from nova_imagecache.backends import RbdLocation, _rados, _rados_claims, _rbd_look, _rbd_room
-from nova_imagecache.backends._rados_errors import BusyError, NotThereError, UnfinishedError
+from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError, UnfinishedError
 from nova_imagecache.backends._rbd_connection import Address, Connection, hold, release
 from nova_imagecache.backends._rbd_options import FEATURES, LAYERING, RbdOptions
 from nova_imagecache.backends._rbd_owner import Owner, is_unfinished
@@ -44,6 +44,7 @@ DAMAGED = "nova_imagecache.damaged"
 DISK = "nova_imagecache.disk"
 FINAL = "nova_imagecache.final"
 GOING = "nova_imagecache.going"
+RETIRED = "nova_imagecache.retired"
 SUMS = "nova_imagecache.sums."
 
 DELAY = 86400
@@ -69,6 +70,7 @@ class Store:
         """Called by ``close``: librbd waits for ever for an image to close whose connection is gone."""
         self._features: int | None = None
         self._protection: tuple[float, bool] | None = None
+        self._claims = threading.local()
 
     @property
     def connection(self) -> Connection:
@@ -217,29 +219,55 @@ class Store:
         with self.claimed(rbd_id, "taking the name away"):
             if self.id_of(name) != rbd_id:
                 raise NotThereError(f"{name} is gone, or another image")
+            before = self._trashed(name)
             _rados.trash_move(self.io, name, DELAY)
+            # a claim ends under who is slow: the name may have come to lead to another image
+            moved = self._trashed(name)
+            strangers = moved - before - {rbd_id}
+            for other in strangers:
+                self.give_back(other, name)
+            if strangers or rbd_id not in moved:
+                raise NotThereError(f"{name} is another image by now")
+
+    def _trashed(self, name: str) -> set[str]:
+        """The ids of what lies in the trash and had this name."""
+        return {entry.image_id for entry in _rbd_look.trash(self.io) if entry.name == name}
+
+    def give_back(self, rbd_id: str, name: str) -> None:
+        """Give an image in the trash its last name back, unless it is gone or another image has the name."""
+        with contextlib.suppress(ExistsError, NotThereError), self.claimed(rbd_id, "giving its name back"):
+            self.restore(rbd_id, name)
 
     @contextlib.contextmanager
     def claimed(self, rbd_id: str, why: str) -> Iterator[None]:
-        """Run a block of a few steps that nobody else runs for this image at the time."""
+        """Run a block of a few steps that nobody else runs for this image at the time; blocks in it are part of it."""
+        held: set[str] = self._claims.__dict__.setdefault("held", set())
+        if rbd_id in held:
+            yield
+            return
         cookie = secrets.token_hex(8)
         key = self.patiently(lambda: _rados_claims.claim_image(self.io, rbd_id, cookie, _CLAIM_SECONDS, why))
+        held.add(rbd_id)
         try:
             yield
         finally:
+            held.discard(rbd_id)
             _rados_claims.disclaim(self.io, key, cookie)
 
     def drop(self, rbd_id: str | None, staging: str, final: str | None) -> bool:
         """Remove an unfinished image, wherever it is; False: it had been published after all, and is whole.
 
-        What opens under the final name is never removed: ids are compared first.
+        What opens under the final name is never removed: ids are compared first. Nor is what lies in the trash under
+        another name than ``staging``: it was published, and whoever moved it there sees to it.
         """
-        trashed = rbd_id is not None and _rbd_look.trash_entry(self.io, rbd_id) is not None
+        entry = None if rbd_id is None else _rbd_look.trash_entry(self.io, rbd_id)
+        if entry is not None and entry.name != staging:
+            return False
         if rbd_id is not None and final is not None and self.id_of(final) == rbd_id:
-            if trashed:
+            if entry is not None:
                 _rados.trash_restore(self.io, rbd_id, final)
             return False
-        if rbd_id is not None and trashed:
+        if rbd_id is not None and entry is not None:
             if self.id_of(staging) == rbd_id:  # a move that died half-way
                 _rados.trash_move(self.io, staging, DELAY)
             self.strip(rbd_id)

@@ -150,15 +150,23 @@ class RbdWriter(BaseWriter):
             _rados.create_snapshot(image, SNAPSHOT)
             if self._store.clones_need_protection():
                 _rados.protect(image, SNAPSHOT)
+            now = time.time()
             _rados.set_metadata(image, RECORD, _records.dump_base(record).decode())
-            _rados.set_metadata(image, LAST_USED, repr(time.time()))
+            _rados.set_metadata(image, LAST_USED, repr(now))
             _rados.set_metadata(image, FINAL, self._final)
             self._close()
-            published = self._publish(rbd_id)
+            winner = self._publish(rbd_id)
         self.discard()
-        return published
+        if (found := winner or self._bases.find_own(self._image_id)) is not None:
+            return found
+        # retired just now. Whoever did that has it in the trash, and gives it its name back or frees it
+        location = self._store.location(self._final, SNAPSHOT)
+        return BaseImage(
+            image_id=self._image_id, location=location, record=record, last_used=now, inspected=record.inspector
+        )
 
-    def _publish(self, rbd_id: str) -> BaseImage:
+    def _publish(self, rbd_id: str) -> BaseImage | None:
+        """Take the name; the winner if somebody else was first."""
         trashed = False
         for _attempt in range(3):
             try:
@@ -171,9 +179,8 @@ class RbdWriter(BaseWriter):
                 if (winner := self._bases.find_own(self._image_id)) is not None:
                     return winner
                 continue  # retired just now
-            if (base := self._bases.find_own(self._image_id)) is not None:
-                self._published = True
-                return base
+            self._published = True
+            return None
         detail = f"the base cannot be published: something else has the name {self._final}"
         raise BackendError(
             detail, image_id=self._image_id, stage="publish", todo="Call recover, or look at that image in the pool"

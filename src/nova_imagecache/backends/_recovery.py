@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nova_imagecache import _entries, _fs, _qcow2
+from nova_imagecache import _entries, _fs, _qcow2, _records
 from nova_imagecache.backends import RecoveryReport
 from nova_imagecache.backends._disks import FileDisks
 from nova_imagecache.backends._references import finish, finished, is_unfinished, leads_to, made_at, refers_to
@@ -19,8 +19,6 @@ from nova_imagecache.backends._ties import sides
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-    from nova_imagecache._records import DiskRecord
 
 
 class RecoverableDisks(FileDisks):
@@ -127,6 +125,7 @@ class RecoverableDisks(FileDisks):
         directory = self._directory(disk_id)
         names = set(_entries.names(directory))
         gone = []
+        own = _is_directory_own(directory, names)
         # what is hidden goes last: by it we know that there is something to settle
         for name in sorted(names, key=lambda name: (name.startswith("."), name)):
             if name.startswith(".") and _is_making(directory / name):
@@ -148,8 +147,8 @@ class RecoverableDisks(FileDisks):
             else:
                 continue
             gone.append(name)
-        if gone:
-            _fs.rmdir(directory)
+        if gone and own and not _fs.rmdir(directory):
+            self._hand_on_directory(disk_id)
         return gone
 
     def _sweep_link(self, directory: Path, disk_id: str, name: str) -> bool:
@@ -168,9 +167,10 @@ class RecoverableDisks(FileDisks):
         record = self._load(directory, name)
         return record is not None and record.attaching is not None and os.path.lexists(directory / name)
 
-    def _is_needed(self, disk_id: str, name: str, record: DiskRecord | None) -> bool:
+    def _is_needed(self, disk_id: str, name: str, record: _records.DiskRecord | None) -> bool:
         """Whether what is left of a disk is a snapshot's, or that of one which was moved, and the caller's to end."""
-        moved = any(self._path_reference(side, disk_id, name) is not None for side in sides(record))
+        written = (self._path_reference(side, disk_id, name) for side in sides(record))
+        moved = any(each is not None and not is_unfinished(each) for each in written)
         return moved or self._reader(disk_id, name, record) is not None
 
     def _settle(self, directory: Path, disk_id: str, name: str) -> list[str]:
@@ -249,6 +249,19 @@ def _is_making(path: Path) -> bool:
     if not name or not _is_random(path.name) or path.is_symlink() or not path.is_dir():
         return False
     return {"record", name, f"{name}.base"}.issuperset(_entries.names(path))
+
+
+def _is_directory_own(directory: Path, names: set[str]) -> bool:
+    """Whether the directory was made for a disk that is not in it, by what is left of its record; else it was not."""
+    for name in names:
+        hidden = name.startswith(".")
+        stem = name[1:].rpartition(".")[0] if hidden else name.removesuffix(".json")
+        if stem not in names:
+            with suppress(OSError, _records.RecordError):
+                record = (directory / name / "record" if hidden else directory / name).read_bytes()
+                if _records.load_disk(record).own_directory:
+                    return True
+    return False
 
 
 def _is_random(name: str) -> bool:

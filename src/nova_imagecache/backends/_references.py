@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nova_imagecache import _entries, _fs, _records
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_LOOKS = 10
+"""Times that an image's references are listed until none is renamed meanwhile."""
 
 
 def host_record(disk_id: str, name: str, path: Path, made_at: float) -> bytes:
@@ -41,22 +48,75 @@ def is_unfinished(written: Path) -> bool:
 
 def finish(written: Path, own: float) -> None:
     """The disk has its name: so has its reference from now on. The disk's directory is held."""
-    set_aside(written, own)
-    _fs.rename(unfinished(written), written)
+    with _held(written.parent):
+        _set_aside(written, own)
+        _fs.rename(unfinished(written), written)
     _fs.fsync_dir(written.parent)
+
+
+def write(written: Path, data: bytes, own: float, *, staging: Path) -> None:
+    """A disk that is there gets this reference, durably. The disk's directory is held."""
+    with _held(written.parent):
+        _set_aside(written, own)
+        _entries.replace_file(written, data, 0o644, staging=staging)
+
+
+def end(written: Path, known: bytes) -> bool:
+    """Take away the reference that was read as ``known``; whether it was there still. Another's of that name stays."""
+    with _held(written.parent):
+        there = read(written) == known
+        if there:
+            _fs.unlink(written)
+            _fs.rmdir(written.parent)
+    return there
+
+
+def rename(written: Path, known: bytes, name: Path) -> bool:
+    """Give the reference that was read as ``known`` another name; whether it was there still."""
+    with _held(written.parent):
+        there = read(written) == known
+        if there:
+            _fs.rename(written, name)
+    return there
+
+
+@contextmanager
+def _held(users: Path) -> Iterator[None]:
+    """One at a time looks what has a name there and changes it: who holds one disk's directory may meet the reference
+    of another disk that was called like it. Nothing else is waited for meanwhile."""
+    held = _entries.hold(users, wait=True, follow=True)
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.release()
+
+
+def read(written: Path) -> bytes | None:
+    """A path reference as it is written down; None: it is not there, or cannot be read."""
+    try:
+        return written.read_bytes()
+    except OSError:
+        return None
 
 
 def made_at(written: Path) -> float | None:
     """When the disk of a path reference was made; None: the reference is not there, or cannot be read."""
+    data = read(written)
+    return None if data is None else moment(data)
+
+
+def moment(data: bytes) -> float | None:
+    """When the disk of the reference that was read was made; None: it is damaged."""
     try:
-        values = json.loads(written.read_bytes())
-    except (OSError, ValueError):
+        values = json.loads(data)
+    except ValueError:
         return None
     found = values.get("made_at") if isinstance(values, dict) else None
     return float(found) if isinstance(found, int | float) else None
 
 
-def set_aside(written: Path, own: float) -> None:
+def _set_aside(written: Path, own: float) -> None:
     """Keep the path reference of an earlier disk of this name: its directory may have moved, and come back."""
     if (found := made_at(written)) is not None and found != own:
         _fs.rename(written, aside(written))
@@ -69,8 +129,11 @@ def aside(written: Path) -> Path:
 
 def of_moment(users: Path, own: float) -> list[Path]:
     """An image's path references to disks that were made then. Reads all."""
-    written = [users / name for name in _entries.names(users)]
-    return [one for one in written if made_at(one) == own]
+    for _look in range(_LOOKS):
+        found = {one: made_at(one) for one in map(users.joinpath, _entries.names(users))}
+        if all(made is not None or os.path.lexists(one) for one, made in found.items()):
+            break
+    return [one for one, made in found.items() if made == own]
 
 
 def others(users: Path, own: float, disk: Path) -> list[Path]:

@@ -36,9 +36,12 @@ def seen(places: Iterable[Path], own: float, disk: Path | None) -> Iterator[tupl
 
 def _recorded(place: Path, name: str) -> Iterator[tuple[str, str]]:
     """(directory, name) of each disk's record. A directory that is renamed while we look is looked for again."""
+    walked: set[tuple[str, int]] = set()
     for _look in range(_LOOKS):
         moved = False
-        for disk_id in _entries.names(place):
+        for disk_id, inode in _named(place):
+            if (disk_id, inode) in walked:
+                continue
             directory = f"{place}/{disk_id}"
             try:
                 names = os.listdir(directory)  # noqa: PTH208 - names, not paths
@@ -52,6 +55,7 @@ def _recorded(place: Path, name: str) -> Iterator[tuple[str, str]]:
                     raise
                 # one that can be entered, and not listed
                 names = [f"{name}.json"] if os.access(directory, os.X_OK, effective_ids=True) else []
+            walked.add((disk_id, inode))
             yield from (
                 (directory, each.removesuffix(".json"))
                 for each in names
@@ -60,6 +64,15 @@ def _recorded(place: Path, name: str) -> Iterator[tuple[str, str]]:
         if not moved:
             return
     raise OSError(errno.EAGAIN, "directories in it are being renamed", str(place))
+
+
+def _named(place: Path) -> list[tuple[str, int]]:
+    """(name, inode) of what stands in a directory; nothing where it is not there."""
+    try:
+        with os.scandir(place) as entries:
+            return sorted((entry.name, entry.inode()) for entry in entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _record(directory: str, name: str) -> _records.DiskRecord | None:

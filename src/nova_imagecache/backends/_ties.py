@@ -10,21 +10,28 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _chains, _entries, _fs, _qcow2, _records
-from nova_imagecache.backends import DiskExistsError
+from nova_imagecache.backends import BackendError, DiskExistsError
 from nova_imagecache.backends._endings import EndingReferences
 from nova_imagecache.backends._references import (
     finish,
     host_record,
     is_of,
+    moment,
     of_moment,
     others,
+    read,
     refers_to,
+    rename,
     unfinished,
 )
 from nova_imagecache.backends._seen import reader_of
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+ATTEMPTS = 10
+"""Of work beside others who make and end references of the same image."""
 
 
 class TiedDisks(EndingReferences):
@@ -114,10 +121,7 @@ class TiedDisks(EndingReferences):
         apart = replace(record, made_at=time.time())
         written = self.user_record(record.image_id, disk_id, name)
         if record.reference == "path":
-            _fs.make_dirs(written.parent, 0o755)
-            self._clear_unfinished(written, apart.made_at)
-            data = host_record(disk_id, name, disk, apart.made_at)
-            _entries.replace_file(unfinished(written), data, 0o644, staging=self.staging)
+            self._refer_unfinished(written, host_record(disk_id, name, disk, apart.made_at), apart.made_at)
         self._rewrite(disk_id, name, apart)
         if record.reference == "path":
             finish(written, apart.made_at)
@@ -125,6 +129,18 @@ class TiedDisks(EndingReferences):
                 if refers_to(left) == disk:
                     self._end_reference(left, record.made_at, disk)
         return apart
+
+    def _refer_unfinished(self, written: Path, data: bytes, own: float) -> None:
+        """Write the path reference of a disk that gets its name, or its moment, next."""
+        for _attempt in range(ATTEMPTS):
+            try:
+                _fs.make_dirs(written.parent, 0o755)
+                self._clear_unfinished(written, own)
+                _entries.replace_file(unfinished(written), data, 0o644, staging=self.staging)
+            except FileNotFoundError:  # the last other user of this image left and took the directory along
+                continue
+            return
+        raise BackendError("the path reference cannot be written", image_id=written.parent.name)
 
     # --- who else reads through them
 
@@ -145,6 +161,18 @@ class TiedDisks(EndingReferences):
             return None
         # under another name an unfinished one is of a removal that was in doubt
         return next((one for one in others(written.parent, record.made_at, disk) if one != unfinished(written)), None)
+
+    def _begin_ending(self, record: _records.DiskRecord, disk_id: str, name: str) -> None:
+        """Call the path reference of a disk that is removed unfinished: whoever finds one after a death ends it."""
+        for _attempt in range(ATTEMPTS):
+            written = self._path_reference(record, disk_id, name)
+            known = None if written is None else read(written)
+            if written is None or known is None or moment(known) != record.made_at:
+                if written is None:
+                    return
+                continue  # another disk of that name has set it aside
+            if rename(written, known, unfinished(self.user_record(record.image_id, disk_id, name))):
+                return
 
     def _refuse_readers(self, disk_id: str, name: str, record: _records.DiskRecord | None) -> None:
         """Refuse to take away what another file reads through."""

@@ -8,7 +8,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nova_imagecache import _entries, _fs, _qcow2, _qemu
+from nova_imagecache import _fs, _qcow2, _qemu
 from nova_imagecache.backends import (
     BackendError,
     BackendPaths,
@@ -25,11 +25,10 @@ from nova_imagecache.backends._references import (
     made_at,
     others,
     refers_to,
-    set_aside,
-    unfinished,
+    write,
 )
 from nova_imagecache.backends._templates import Templates
-from nova_imagecache.backends._ties import is_same
+from nova_imagecache.backends._ties import ATTEMPTS, is_same
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -101,21 +100,18 @@ class Qcow2Backend(RecoverableDisks):
         disk = self._directory(disk_id) / name
         written = self.user_record(base.image_id, disk_id, name)
         data = host_record(disk_id, name, disk, made_at)
-        there = os.path.lexists(disk)
-        for _attempt in range(3):
+        if not os.path.lexists(disk):
+            self._refer_unfinished(written, data, made_at)
+            return
+        for _attempt in range(ATTEMPTS):
             try:
                 _fs.make_dirs(written.parent, 0o755)
-                if there:
-                    set_aside(written, made_at)
-                    _entries.replace_file(written, data, 0o644, staging=self.staging)
-                    for other in others(written.parent, made_at, disk):  # it was called otherwise: once is enough
-                        if other != written:
-                            self._end_reference(other, made_at, disk)
-                else:
-                    self._clear_unfinished(written, made_at)
-                    _entries.replace_file(unfinished(written), data, 0o644, staging=self.staging)
+                write(written, data, made_at, staging=self.staging)
             except FileNotFoundError:  # the last other user of this image left and took the directory along
                 continue
+            for other in others(written.parent, made_at, disk):  # it was called otherwise: once is enough
+                if other != written:
+                    self._end_reference(other, made_at, disk)
             return
         raise BackendError("the path reference cannot be written", image_id=base.image_id, disk_id=disk_id)
 

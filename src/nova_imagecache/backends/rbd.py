@@ -42,13 +42,13 @@ class RbdBackend(RecoverableRbd):
             bits = self.store.features()
             yield Fact(name="features", value=", ".join(name for name, bit in FEATURES.items() if bits & bit))
             capacity = self.capacity()
-            useless = list(self.bases_without_snapshot(_rbd_look.names(self.store.io)))
+            useless = list(self.useless_bases(_rbd_look.names(self.store.io)))
         except BackendError as err:
             yield Fact(name="cluster", value="not usable", problem=str(err))
             return
         for name in useless:
             words = "no disk can be made of it, and nothing brought in in its place: call recover, or rename that image"
-            yield Fact(name=name, value=f"no snapshot {SNAPSHOT} that can be opened", problem=words)
+            yield Fact(name=name, value=f"damaged, or without a snapshot {SNAPSHOT} that can be opened", problem=words)
         counted = capacity.total > 0
         problem = None if counted else "the cluster counts no bytes: start a ceph-mgr"
         yield Fact(name="free bytes", value=str(capacity.free), problem=problem)

@@ -1,0 +1,307 @@
+"""One who looks at a base, or judges it, while another has it away for a moment: what he says and does stays right."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import images
+from harness.children import run_to_death
+from harness.gates import Gate
+from harness.images import MIB
+from harness.rig import Rig
+from harness.upkeep import Clock, dense, open_cache
+from nova_imagecache import (
+    BaseCorruptError,
+    BaseInUseError,
+    BaseNotFoundError,
+    CleanupReport,
+    NoSpaceError,
+    _entries,
+    _verify,
+)
+from nova_imagecache.backends import _looks
+from nova_imagecache.testing import FaultPlan
+
+SIZE = 4 * MIB
+
+
+def _clean(rig: Rig) -> CleanupReport:
+    with rig.cache() as cache:
+        return cache.cleanup(cache.plan_cleanup(max_idle=0))
+
+
+@pytest.fixture
+def pool() -> Any:
+    with ThreadPoolExecutor(3) as threads:
+        yield threads
+
+
+class Away:
+    """A base that a cleanup has retired, and is about to give back: a disk was linked to it, or named it, meanwhile."""
+
+    def __init__(self, rig: Rig, plan: FaultPlan, pool: ThreadPoolExecutor) -> None:
+        self._rig = rig
+        self._going = plan.pause("fs.rename", match="bases/img", nth=1)
+        self._coming = plan.pause("fs.rename", match="bases/img", nth=2)
+        self._pool = pool
+        self._cleaning: Future[CleanupReport] | None = None
+
+    def begin(self) -> None:
+        self._cleaning = self._pool.submit(_clean, self._rig)
+        self._going.wait()
+        self._rig.cache().create_root_disk("img", "vm", size=SIZE)
+
+    def retire(self) -> None:
+        self._going.release()
+        self._coming.wait()
+
+    def end(self) -> None:
+        self._coming.release()
+        assert self._cleaning is not None
+        assert self._cleaning.result(60).removed == ()
+
+
+# --- who uses it
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_reference_that_gets_its_name_meanwhile_counts(
+    replaced: bool, tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the listing of path references and their reading one is renamed: its disk is made whole just now."""
+    rig = Rig(tmp_path, "path", {"img": images.raw("referred to")})
+    rig.cache().ensure_base("img")
+    creating = rig.cache()
+    plan = FaultPlan()
+    retiring = plan.pause("fs.rename", match="bases/img")
+    finishing = plan.pause("fs.rename", match="users/img/vm.disk.json")
+    reading = Gate(monkeypatch, _looks, "_read_bytes", lambda path: path.endswith("~unfinished.json"))
+    other = images.raw("other bytes of the same id")
+    if replaced:
+        rig.samples["img"] = other
+    going = rig.cache()
+    with plan:
+        if replaced:
+            removal = pool.submit(lambda: going.ensure_base("img", expect=other.digest) and None)
+        else:
+            removal = pool.submit(going.remove_base, "img")
+        retiring.wait()
+        made = pool.submit(creating.create_root_disk, "img", "vm", size=SIZE)
+        finishing.wait()
+        retiring.release()
+        reading.wait()
+        finishing.release()
+        assert made.result(60).reference == "path"
+        reading.open()
+        assert isinstance(removal.exception(60), BaseInUseError)
+    rig.samples["img"] = images.raw("referred to")
+    rig.check("removed beside")
+
+
+# --- what it takes
+
+
+def test_a_base_that_is_away_has_no_size(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that measured half of it would keep to that figure, and overfill the cache."""
+    sizes = {"img": 2 * MIB, "huge": 4 * MIB, "other": 2 * MIB}
+    rig = Rig(tmp_path, "link", {name: dense(name, size) for name, size in sizes.items()})
+    rig.cache().ensure_base("img")
+    with FaultPlan() as plan, rig.cache(max_bytes=3 * MIB) as cache:
+        away = Away(rig, plan, pool)
+        away.begin()
+        listing = Gate(
+            monkeypatch,
+            os,
+            "scandir",
+            lambda path: str(path).endswith("bases/img") and threading.current_thread().name.startswith("measuring"),
+            after=True,
+        )
+        measuring = ThreadPoolExecutor(1, "measuring")
+        measured = measuring.submit(cache.ensure_base, "huge")
+        listing.wait()
+        away.retire()
+        listing.open()
+        away.end()
+        assert isinstance(measured.exception(60), NoSpaceError)
+        measuring.shutdown()
+        with pytest.raises(NoSpaceError):
+            cache.ensure_base("other")
+    assert len(list(rig.cache().bases())) == 1
+
+
+def test_a_base_that_comes_back_meanwhile_is_counted(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the trash when the bases are counted, and back when the trash is."""
+    rig = Rig(tmp_path, "link", {"img": dense("counted", 3 * MIB)})
+    rig.cache().ensure_base("img")
+    whole = rig.cache().reserved_disk_mb(0)
+    with FaultPlan() as plan:
+        away = Away(rig, plan, pool)
+        away.begin()
+        away.retire()
+        counted = Gate(monkeypatch, _looks.Looks, "_names", after=True)
+        # `iter_bases` and `survey` are generators: the listing is their first step
+        figure = pool.submit(rig.cache().reserved_disk_mb, 0)
+        counted.wait()
+        away.end()
+        counted.open()
+        assert figure.result(60) >= whole
+
+
+# --- whether it is whole
+
+
+def test_a_sound_base_is_not_damaged_because_it_was_away(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checksums were not where they were looked for, and are there again when its lock is free."""
+    rig = Rig(tmp_path, "link", {"img": images.qcow2("verified")})
+    rig.cache().ensure_base("img")
+    with FaultPlan() as plan:
+        away = Away(rig, plan, pool)
+        verifying = Gate(monkeypatch, _verify, "damage")
+        verdict = pool.submit(rig.cache().verify_base, "img")
+        verifying.wait()
+        away.begin()
+        away.retire()
+        looked = Gate(monkeypatch, _verify, "damage_of", after=True)
+        verifying.open()
+        looked.wait()
+        looked.open()
+        away.end()
+        assert verdict.result(60).image_id == "img"
+    assert not list((rig.root / "quarantine").glob("*"))
+    rig.check("verified")
+
+
+@pytest.mark.parametrize("sample", [images.qcow2("decoded"), images.raw("stored")], ids=["qcow2", "raw"])
+def test_a_base_that_is_removed_while_it_is_verified_is_not_found(
+    sample: images.Sample, tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path, "link", {"img": sample})
+    rig.cache().ensure_base("img")
+    events: list[str] = []
+    verifying = Gate(monkeypatch, _verify, "damage")
+    verdict = pool.submit(rig.cache(on_event=lambda event: events.append(event.kind)).verify_base, "img")
+    verifying.wait()
+    rig.cache().remove_base("img")
+    verifying.open()
+    assert isinstance(verdict.exception(60), BaseNotFoundError)
+    assert events == []
+
+
+def test_a_damaged_base_that_gets_a_disk_just_now_stays(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    """Between the look for readers and the rename a disk names it by its path: without it the disk would not open."""
+    rig = Rig(tmp_path, "path", {"img": images.raw("damaged")})
+    rig.cache().ensure_base("img")
+    disk = rig.root / "bases" / "img" / "disk"
+    disk.chmod(0o644)
+    with disk.open("r+b") as file:
+        file.write(b"damage")
+    plan = FaultPlan()
+    going = plan.pause("fs.rename", match="quarantine/img")
+    with plan:
+        verdict = pool.submit(rig.cache().verify_base, "img")
+        going.wait()
+        assert rig.cache().create_root_disk("img", "vm", size=SIZE).reference == "path"
+        going.release()
+        error = verdict.exception(60)
+    assert isinstance(error, BaseCorruptError)
+    assert "It stays" in str(error)
+    assert disk.exists()
+
+
+def test_a_copy_has_the_bytes_that_were_asked_for(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is replaced after it was found, and before it is opened."""
+    old, new = images.raw("old", 2 * MIB), images.raw("new", 4 * MIB)
+    rig = Rig(tmp_path, "link", {"img": old})
+    copying = rig.cache()
+    copying.ensure_base("img")
+    rig.samples["img"] = new
+    opening = Gate(monkeypatch, _verify, "copy_out")
+    copied = pool.submit(copying.copy_base, "img", tmp_path / "kernel", expect=old.digest)
+    opening.wait()
+    rig.cache().ensure_base("img", expect=new.digest)
+    opening.open()
+    copied.result(60)
+    assert (tmp_path / "kernel").read_bytes() == old.served
+
+
+# --- which one it is
+
+
+def test_an_older_base_of_that_name_does_not_come_between(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    """What a replacement that died had retired stays away while the new one is, and may come back."""
+    old, new = images.raw("old"), images.raw("new")
+    rig = Rig(tmp_path, "path", {"img": old})
+    rig.cache().ensure_base("img")
+    rig.samples["img"] = new
+
+    def die() -> None:
+        with FaultPlan().kill("fs.rename", match="trash/.img"):
+            rig.cache().ensure_base("img", expect=new.digest)
+
+    assert run_to_death(die, "between the old base's going and the new one's coming")
+    rig.cache().ensure_base("img", expect=new.digest)
+    with FaultPlan() as plan:
+        away = Away(rig, plan, pool)
+        away.begin()
+        away.retire()
+        report = rig.cache().recover()
+        assert report.restored == ()
+        assert len([name for name in report.alive if name.startswith("trash/img.")]) == 2
+        away.end()
+    rig.check("given back")
+    rig.cache().recover()
+    assert list((rig.root / "trash").iterdir()) == []
+    rig.check("recovered")
+
+
+# --- what it is marked as
+
+
+def test_an_old_plan_marks_no_base_that_is_used(tmp_path: Path) -> None:
+    """It got a disk since the plan: when that goes, the base has its whole time before it."""
+    rig, clock = Rig(tmp_path, "link", {"img": images.raw("marked")}), Clock()
+    with open_cache(rig, clock) as cache:
+        cache.ensure_base("img")
+        plan = cache.plan_cleanup(max_idle=3600)
+        assert [item.verdict for item in plan.items] == ["mark"]
+        cache.create_root_disk("img", "vm", size=SIZE)
+        report = cache.cleanup(plan)
+        assert report.marked == ()
+        assert "depend on it" in report.kept["img"]
+        clock.move(7200)
+        cache.remove_root_disk("vm")
+        assert [item.verdict for item in cache.plan_cleanup(max_idle=3600).items] == ["mark"]
+
+
+def test_what_another_gives_back_was_not_removed(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trash was listed when it was there."""
+    rig = Rig(tmp_path, "link", {"img": images.raw("given back")})
+    rig.cache().ensure_base("img")
+    with FaultPlan() as plan:
+        away = Away(rig, plan, pool)
+        away.begin()
+        away.retire()
+        with monkeypatch.context() as patch:
+            listed = Gate(patch, _entries, "names", lambda path: path.name == "trash", after=True)
+            report = pool.submit(rig.cache().recover)
+            listed.wait()
+            away.end()
+            listed.open()
+            assert [name for name in report.result(60).removed if name.startswith("trash/")] == []
+    rig.check("given back")
