@@ -288,10 +288,8 @@ class RbdDisks(RbdBases):
         except NotThereError as err:  # it was not there, or somebody else removed it
             self._remove_replaced(disk_id, name, rbd_id or None)
             if rbd_id and self.store.id_of(final) is not None:
-                detail, todo = (
-                    "another host has attached it, or made it anew, meanwhile",
-                    "Look whose it is, and try again",
-                )
+                detail = "another host has attached it, or made it anew, meanwhile"
+                todo = "Look whose it is, and try again"
                 raise DiskInUseError(detail, disk_id=disk_id, name=name, stage="remove", todo=todo) from err
         except (BusyError, SnapshotsError) as err:
             if rbd_id := rbd_id or self.store.id_of(final) or "":
