@@ -132,8 +132,8 @@ def replaced(ioctx: Ioctx, name: str) -> dict[str, Going]:
 def remove_replaced(store: Store, name: str, of: str | None = None) -> None:
     """Remove what had the name until a successor took it, or was to take it.
 
-    One whose name leads to yet another disk stays: nobody knows which of the two is wanted. With ``of`` only the disk of
-    that RBD id goes, or one whose successor that is.
+    One whose name leads to yet another disk stays: nobody knows which of the two is wanted. With ``of`` only the disk
+    of that RBD id goes, or one whose successor that is.
 
     Raises:
         BusyError: somebody has it open, or is putting the successor in its place.
