@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from nova_imagecache.backends import _rados, _rbd_forks, _rbd_look
-from nova_imagecache.backends._rados_errors import ExistsError, NotThereError
+from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError
 from nova_imagecache.exceptions import BackendError, BackendUnavailableError
 
 if TYPE_CHECKING:
@@ -59,9 +59,13 @@ class Owner:
         self._failed: tuple[float, BackendUnavailableError] | None = None
         _rbd_forks.note(self)
 
-    def new_name(self, stem: str) -> str:
-        """A name for something unfinished; ``done`` says that it is finished or gone."""
-        token = self._seen()
+    def new_name(self, stem: str, *, wait: bool = True) -> str:
+        """A name for something unfinished; ``done`` says that it is finished or gone.
+
+        Raises:
+            BusyError: another thread is showing the sign of life, and nobody is to ``wait`` for it.
+        """
+        token = self._seen(wait=wait)
         with self._lock:
             name = f"{STAGING}{stem}.{token}{secrets.token_hex(4)}"
             self._making.add(name)
@@ -72,13 +76,15 @@ class Owner:
         with self._lock:
             self._making.discard(name)
 
-    def _seen(self) -> str:
+    def _seen(self, *, wait: bool) -> str:
         """The token, of a sign that others saw a moment ago."""
         asked = time.monotonic()
         token = self._token
         if token is not None and asked - self._shown < LOOK_AGAIN:
             return token
-        with self._showing:
+        if not self._showing.acquire(blocking=wait):
+            raise BusyError("another thread shows this process's sign of life just now")
+        try:
             if self._token is not None and self._shown >= asked:
                 return self._token
             # of many that wait for a cluster that is down, one finds out
@@ -91,6 +97,8 @@ class Owner:
                 raise
             self._shown = time.monotonic()
             return token
+        finally:
+            self._showing.release()
 
     def _show(self) -> str:
         if self._token is not None and self._connection.client() in self._watchers(self._token):

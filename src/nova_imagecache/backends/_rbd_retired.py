@@ -157,8 +157,8 @@ class RetirableBases(Backend):
         """Something unfinished of this process."""
         try:
             with self.store.room():
-                return self.store.owner.new_name(image_id)
-        except NoSpaceError:  # no room for a sign of life; without one recover gives the name back
+                return self.store.owner.new_name(image_id, wait=False)
+        except (NoSpaceError, BusyError):  # no sign of life yet; without one recover gives the name back
             return f"{STAGING}{image_id}.{_NOBODYS}"
 
     def restore_base(self, retired: Retired) -> None:
