@@ -355,7 +355,8 @@ class ImageCache:
         return self._engine.backend.usage(self.get_base(image_id))
 
     def verify_base(self, image_id: str, *, cancel: threading.Event | None = None) -> BaseImage:
-        """The base, if every byte of it is still what was published. Reads all of it.
+        """The base, if every byte of it is still what was published. Reads all of it; once more, while nobody else may
+        take it away or replace it, where something is wrong.
 
         A damaged base goes to quarantine, so that the next ``ensure_base`` fetches a new one; disks that are linked to
         it keep it. One that disks read by its own name, or may, stays: they would not open without it.

@@ -165,12 +165,11 @@ class TiedDisks(EndingReferences):
     def _begin_ending(self, record: _records.DiskRecord, disk_id: str, name: str) -> None:
         """Call the path reference of a disk that is removed unfinished: whoever finds one after a death ends it."""
         for _attempt in range(ATTEMPTS):
-            written = self._path_reference(record, disk_id, name)
-            known = None if written is None else read(written)
-            if written is None or known is None or moment(known) != record.made_at:
-                if written is None:
-                    return
-                continue  # another disk of that name has set it aside
+            if (written := self._path_reference(record, disk_id, name)) is None:
+                return
+            known = read(written)
+            if known is None or moment(known) != record.made_at:  # another disk of that name has set it aside
+                continue
             if rename(written, known, unfinished(self.user_record(record.image_id, disk_id, name))):
                 return
 
