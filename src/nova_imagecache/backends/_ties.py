@@ -172,6 +172,7 @@ class TiedDisks(EndingReferences):
                 continue
             if rename(written, known, unfinished(self.user_record(record.image_id, disk_id, name))):
                 return
+        raise BackendError("its path reference gets ever other names", image_id=record.image_id, disk_id=disk_id)
 
     def _refuse_readers(self, disk_id: str, name: str, record: _records.DiskRecord | None) -> None:
         """Refuse to take away what another file reads through."""
