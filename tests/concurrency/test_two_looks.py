@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from nova_imagecache import (
     _verify,
 )
 from nova_imagecache.backends import _looks
+from nova_imagecache.backends._trash import Trash
 from nova_imagecache.testing import FaultPlan
 
 SIZE = 4 * MIB
@@ -243,17 +245,8 @@ def test_a_copy_has_the_bytes_that_were_asked_for(
 
 def test_an_older_base_of_that_name_does_not_come_between(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     """What a replacement that died had retired stays away while the new one is, and may come back."""
-    old, new = images.raw("old"), images.raw("new")
-    rig = Rig(tmp_path, "path", {"img": old})
-    rig.cache().ensure_base("img")
-    rig.samples["img"] = new
-
-    def die() -> None:
-        with FaultPlan().kill("fs.rename", match="trash/.img"):
-            rig.cache().ensure_base("img", expect=new.digest)
-
-    assert run_to_death(die, "between the old base's going and the new one's coming")
-    rig.cache().ensure_base("img", expect=new.digest)
+    rig = Rig(tmp_path, "path", {"img": images.raw("old")})
+    _replaced_by_one_that_died(rig, images.raw("new"))
     with FaultPlan() as plan:
         away = Away(rig, plan, pool)
         away.begin()
@@ -266,6 +259,69 @@ def test_an_older_base_of_that_name_does_not_come_between(tmp_path: Path, pool: 
     rig.cache().recover()
     assert list((rig.root / "trash").iterdir()) == []
     rig.check("recovered")
+
+
+def _replaced_by_one_that_died(rig: Rig, new: images.Sample) -> None:
+    """The image's base is of ``new``; the older one lies in the trash, and nobody holds it."""
+    rig.cache().ensure_base("img")
+    rig.samples["img"] = new
+
+    def die() -> None:
+        with FaultPlan().kill("fs.rename", match="trash/.img"):
+            rig.cache().ensure_base("img", expect=new.digest)
+
+    assert run_to_death(die, "between the old base's going and the new one's coming")
+    rig.cache().ensure_base("img", expect=new.digest)
+
+
+def test_a_name_that_is_taken_stays_so_while_recover_settles_another(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between recover's look at the name and its rename a cleanup would take the new base away: its disk, whose user is
+    found at the second look, would read the older one's bytes."""
+    rig = Rig(tmp_path, "path", {"img": images.raw("old")})
+    _replaced_by_one_that_died(rig, images.raw("new"))
+    judged = Gate(monkeypatch, Trash, "_is_another_going", after=True)
+    retiring, restoring = Gate(monkeypatch, Trash, "retire"), Gate(monkeypatch, Trash, "restore")
+    recovered = pool.submit(rig.cache().recover)
+    judged.wait()
+    cleaned = pool.submit(_clean, rig)
+    retiring.wait()
+    rig.cache().create_root_disk("img", "vm", size=SIZE)
+    retiring.open()
+    time.sleep(0.3)  # by now it is retired, if nothing keeps it
+    judged.open()
+    assert recovered.result(60).restored == ()
+    restoring.open()
+    assert cleaned.result(60).removed == ()
+    assert list((rig.root / "trash").iterdir()) == []
+    rig.check("settled")
+
+
+def test_what_is_removed_just_after_recover_gave_it_back_is_gone(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another recover would take it for a dead process's, if the first one still held it when it went again."""
+    rig = Rig(tmp_path, "link", {"img": images.raw("removed")})
+    rig.cache().ensure_base("img")
+
+    def die() -> None:
+        with FaultPlan().kill("fs.rename", match="trash/.img"):
+            rig.cache().remove_base("img")
+
+    assert run_to_death(die, "when it was retired")
+    given_back, purging = Gate(monkeypatch, Trash, "_give_back", after=True), Gate(monkeypatch, Trash, "purge")
+    recovered = pool.submit(rig.cache().recover)
+    given_back.wait()
+    removed = pool.submit(rig.cache().remove_base, "img")
+    time.sleep(0.3)  # by now it is retired again, if nothing keeps it
+    given_back.open()
+    assert len(recovered.result(60).restored) == 1
+    purging.wait()
+    assert rig.cache().recover().restored == ()
+    purging.open()
+    removed.result(60)
+    assert list(rig.cache().bases()) == []
 
 
 # --- what it is marked as

@@ -3,7 +3,7 @@
 ::
 
     <root>/bases/<image-id>/disk  base.json  disk.sums  last-used  unused-since  inspected
-           staging/<image-id>.<random>/     trash/<image-id>.<random>/     quarantine/<image-id>.<random>/
+           staging/<image-id>.<random>/     quarantine/<image-id>.<random>/     trash/   as _trash says
            users/<image-id>/<disk-id>.<name>.json        path references
 
 The directory ``bases/<image-id>`` exists exactly when the base is complete: publishing and retiring are renames of it.
@@ -41,7 +41,8 @@ from nova_imagecache.backends import (
     UsersUnknownError,
     _reown,
 )
-from nova_imagecache.backends._looks import Looks, allocated_in, mark, retired_base
+from nova_imagecache.backends._looks import Looks, allocated_in, mark
+from nova_imagecache.backends._trash import Trash, move_away
 from nova_imagecache.backends._unreadable import unreadable
 from nova_imagecache.backends._writer import FileOptions, FileWriter
 from nova_imagecache.exceptions import BaseInUseError
@@ -67,11 +68,10 @@ class FileBases(Backend):
         self.paths = paths
         self.staging = paths.root / "staging"
         self._bases = paths.root / "bases"
-        self._trash = paths.root / "trash"
+        self.trash = Trash(paths.root)
         self._quarantine = paths.root / "quarantine"
         self._users = paths.root / "users"
         self._looks = Looks(paths.root)
-        self._retired: dict[str, _entries.Held] = {}
         self.gid: int | None = None
         if paths.group is not None:
             try:
@@ -140,7 +140,7 @@ class FileBases(Backend):
                     return winner
                 # taken by something unreadable, or retired just now
                 with suppress(FileNotFoundError):
-                    self._move_away(self._bases / image_id, self._quarantine)
+                    move_away(self._bases / image_id, self._quarantine)
                 continue
             _fs.fsync_dir(self._bases)
             if (base := self.find_base(image_id)) is not None:
@@ -186,67 +186,28 @@ class FileBases(Backend):
     # --- going
 
     def retire_base(self, base: BaseImage) -> Retired:
-        # held until it is restored or purged, so that a recover beside us leaves it alone: it knows no finders' users
-        directory = self._bases / base.image_id
-        held = _entries.hold(directory, wait=False, follow=True)
         try:
-            token = self._move_away(directory, self._trash)
-        except BaseException as err:
-            if held is not None:
-                held.release()
-            if isinstance(err, FileNotFoundError):
-                raise BaseNotFoundError(image_id=base.image_id, stage="retire") from None
-            raise
-        # its maker may have held it still, just now
-        held = held or _entries.hold(self._trash / token, wait=False, follow=True)
-        if held is not None:
-            self._retired[token] = held
+            token = self.trash.retire(base.image_id)
+        except FileNotFoundError:
+            raise BaseNotFoundError(image_id=base.image_id, stage="retire") from None
         # a use that was noted meanwhile is told: whoever noted it may have found the base still there
         retired = replace(
             base,
-            location=FileLocation(path=self._trash / token / "disk"),
-            last_used=mark(self._trash / token / "last-used"),
+            location=FileLocation(path=self.trash.path / token / "disk"),
+            last_used=mark(self.trash.path / token / "last-used"),
         )
         return Retired(base=retired, token=token)
 
     def restore_base(self, retired: Retired) -> None:
-        try:
-            _fs.rename(self._trash / retired.token, self._bases / retired.base.image_id)
-        except OSError as err:
-            # ENOENT: a recover beside us restored or purged it; its users hold links of their own
-            if err.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-                raise
-            return
-        finally:
-            self._let_go(retired.token)
-        _fs.fsync_dir(self._bases)
-        _fs.fsync_dir(self._trash)
+        self.trash.restore(retired.token)
 
     def purge_base(self, retired: Retired) -> None:
-        try:
-            self._purge(retired.token)
-        finally:
-            self._let_go(retired.token)
-
-    def _let_go(self, token: str) -> None:
-        if (held := self._retired.pop(token, None)) is not None:
-            held.release()
-
-    def _purge(self, token: str) -> None:
-        # out of the reach of restore first: whoever restores it beside us gets a whole base or none
-        dead = self._trash / f".{token}"
-        with suppress(FileNotFoundError):
-            _fs.rename(self._trash / token, dead)
-        if dead.is_symlink():  # to where an operator moved the base: other roots may have it as well
-            _log.warning("base %s: its symbolic link is removed; remove %s by hand", token, os.path.realpath(dead))
-            _fs.unlink(dead)
-        else:
-            _fs.rmtree(dead)
+        self.trash.purge(retired.token)
 
     def quarantine_base(self, base: BaseImage) -> None:
         directory = self._bases / base.image_id
         with suppress(FileNotFoundError):  # gone already
-            token = self._move_away(directory, self._quarantine)
+            token = move_away(directory, self._quarantine)
             # the second look: who came to name it meanwhile would not open without it
             try:
                 users = [user for user in self.iter_users(base) if user.known_by != "link"]
@@ -256,19 +217,6 @@ class FileBases(Backend):
             if users:
                 _fs.rename(self._quarantine / token, directory)
                 raise BaseInUseError(users, image_id=base.image_id, stage="quarantine")
-
-    def _move_away(self, directory: Path, where: Path) -> str:
-        _fs.make_dirs(where, 0o700)
-        token = f"{directory.name}.{_fs.random_suffix()}"
-        _fs.rename(directory, where / token)
-        try:
-            _fs.fsync_dir(directory.parent)
-            _fs.fsync_dir(where)
-        except OSError:
-            # the caller hears that it failed, so it must not have happened
-            _fs.rename(where / token, directory)
-            raise
-        return token
 
     def reown_base(self, base: BaseImage, damage: Callable[[BaseImage], str | None]) -> bool:
         try:
@@ -291,7 +239,7 @@ class FileBases(Backend):
     def capacity(self) -> Capacity:
         figures = os.statvfs(self.paths.root)
         staging, whole = _extents.allocated_tree(self.staging)
-        trash, also = _extents.allocated_tree(self._trash)
+        trash, also = _extents.allocated_tree(self.trash.path)
         quarantine, too = _extents.allocated_tree(self._quarantine)
         left_alone, seen = self._looks.allocated_left()
         overhead, around = self._overhead()
@@ -325,51 +273,6 @@ class FileBases(Backend):
             total += below
             complete = complete and (whole or name == _OF_MKFS)
         return total, complete
-
-    def sweep_trash(self) -> tuple[list[str], list[str], list[str], dict[str, str]]:
-        """Finish the removals that died half-way: (purged, restored, alive, failed with the reason), by entry name.
-
-        What was only retired comes back, its marks with it: whether it has users and pins, a pass finds out with both
-        looks. One that cannot be removed stops no other; one that a live process removes stays.
-        """
-        purged, restored, alive, failed = [], [], [], {}
-        for token in _entries.names(self._trash):
-            held = None
-            try:
-                held = _entries.hold(self._trash / token, wait=False, follow=True)
-                if held is None or self._is_another_going(token):
-                    if (self._trash / token).is_dir():
-                        alive.append(token)
-                    continue
-                if self._give_back(token):
-                    restored.append(token)
-                    continue
-                self._purge(token.removeprefix("."))
-            except OSError as err:
-                failed[token] = str(err)
-            else:
-                purged.append(token)
-            finally:
-                if held is not None:
-                    held.release()
-        return purged, restored, alive, failed
-
-    def _is_another_going(self, token: str) -> bool:
-        """Whether another base of that name is on its way out and may come back: the name is that one's."""
-        image_id = token.rpartition(".")[0]
-        if token.startswith(".") or os.path.lexists(self._bases / image_id):
-            return False
-        others = (name for name in _entries.names(self._trash) if name.rpartition(".")[0] == image_id)
-        return any(name != token and _entries.alive(self._trash / name) for name in others)
-
-    def _give_back(self, token: str) -> bool:
-        """Give a base in the trash its name back; whether it has it. One that was being purged is past that."""
-        base = None if token.startswith(".") else retired_base(token.rpartition(".")[0], self._trash / token)
-        if base is None:
-            return False
-        self.restore_base(Retired(base=base, token=token))
-        # where a base of that name is there again, disks of this one hold its bytes by their own links
-        return not (self._trash / token).exists()
 
 
 def _is_own_directory(path: Path, device: int) -> bool:

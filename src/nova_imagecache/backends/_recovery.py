@@ -28,7 +28,7 @@ class RecoverableDisks(FileDisks):
         stuck: dict[str, str] = {}
         removed, alive = _entries.sweep(self.staging, stuck)
         failed = {f"staging/{name}": reason for name, reason in stuck.items()}
-        purged, restored, going, stuck = self.sweep_trash()
+        purged, restored, going, stuck = self.trash.sweep()
         failed |= {f"trash/{name}": reason for name, reason in stuck.items()}
         removed = [f"staging/{name}" for name in removed] + [f"trash/{name}" for name in purged]
         alive = [f"staging/{name}" for name in alive] + [f"trash/{name}" for name in going]
