@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,7 @@ from nova_imagecache import (
     _verify,
 )
 from nova_imagecache.backends import _looks
+from nova_imagecache.backends._disks import FileDisks
 from nova_imagecache.backends._trash import Trash
 from nova_imagecache.testing import FaultPlan
 
@@ -36,6 +38,10 @@ SIZE = 4 * MIB
 def _clean(rig: Rig) -> CleanupReport:
     with rig.cache() as cache:
         return cache.cleanup(cache.plan_cleanup(max_idle=0))
+
+
+def _is_in(pool: str) -> bool:
+    return threading.current_thread().name.startswith(pool)
 
 
 @pytest.fixture
@@ -123,7 +129,7 @@ def test_a_base_that_is_away_has_no_size(
             monkeypatch,
             os,
             "scandir",
-            lambda path: str(path).endswith("bases/img") and threading.current_thread().name.startswith("measuring"),
+            lambda path: str(path).endswith("bases/img") and _is_in("measuring"),
             after=True,
         )
         measuring = ThreadPoolExecutor(1, "measuring")
@@ -241,6 +247,49 @@ def test_a_copy_has_the_bytes_that_were_asked_for(
 
 
 # --- which one it is
+
+
+@pytest.mark.parametrize("look", ["alone", "in a pass"])
+def test_a_base_that_takes_anothers_place_is_found(
+    look: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its record was read when it was the other one's: it is not cut off for that, nor gone."""
+    rig = Rig(tmp_path, "link", {"img": images.raw("old", 2 * MIB)})
+    looking = rig.cache()
+    looking.ensure_base("img")
+    new = rig.samples["img"] = images.raw("new", 4 * MIB)
+    # a pass lists it: between two of its files
+    owner, step = (_looks.Looks, "_record") if look == "alone" else (stat, "S_ISDIR")
+    read = Gate(monkeypatch, owner, step, lambda *_: _is_in("looking"), after=True)
+
+    def look_at() -> list[str]:
+        if look == "alone":
+            return [looking.get_base("img").image_id]
+        return [item.image_id for item in looking.plan_cleanup(max_idle=0).items]
+
+    with ThreadPoolExecutor(1, "looking") as threads:
+        found = threads.submit(look_at)
+        read.wait()
+        rig.cache().ensure_base("img", expect=new.digest)
+        read.open()
+        assert found.result(60) == ["img"]
+    assert "left alone" not in caplog.text
+
+
+def test_a_disk_that_takes_anothers_name_is_told_as_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record was the first one's, the header the second one's."""
+    rig = Rig(tmp_path, "link", {name: images.raw(name) for name in ("one", "two")})
+    cache = rig.cache()
+    cache.create_root_disk("one", "vm", size=SIZE)
+    loaded = Gate(monkeypatch, FileDisks, "_load", lambda *_: _is_in("telling"), after=True)
+    with ThreadPoolExecutor(1, "telling") as threads:
+        told = threads.submit(rig.cache().get_root_disk, "vm")
+        loaded.wait()
+        cache.remove_root_disk("vm")
+        cache.create_root_disk("two", "vm", size=2 * SIZE)
+        loaded.open()
+        disk = told.result(60)
+    assert (disk.image_id, disk.virtual_size) == ("two", 2 * SIZE)
 
 
 def test_an_older_base_of_that_name_does_not_come_between(tmp_path: Path, pool: ThreadPoolExecutor) -> None:

@@ -201,24 +201,21 @@ class FileDisks(TiedDisks):
 
     def get_root_disk(self, disk_id: str, name: str) -> RootDisk | None:
         directory = self._directory(disk_id)
-        record = self._load(directory, name)
-        if record is None:
-            return None
-        try:
-            with (directory / name).open("rb", buffering=0) as file:
-                if record.format == "raw":
-                    size = os.fstat(file.fileno()).st_size
-                else:
-                    # written by qemu-img, not by the guest: the guest sees what is inside
-                    size = _qcow2.parse_header(file.read(_qcow2.HEADER_BYTES)).virtual_size
-        except FileNotFoundError:
-            return None
-        except PermissionError:
-            # libvirt gave the disk to the guest's user while it runs: what we wrote down last
-            size = record.created_size
-        except _qcow2.Qcow2Error as err:
-            raise BackendError(f"the disk is no qcow2 file any more: {err}", disk_id=disk_id, name=name) from err
-        return self._disk(disk_id, name, record, size)
+        while (record := self._load(directory, name)) is not None:
+            damaged = None
+            try:
+                size = _virtual_size(directory / name, record)
+            except FileNotFoundError:
+                return None
+            except _qcow2.Qcow2Error as err:
+                damaged = err
+            if self._load(directory, name) != record:  # another disk has its name by now
+                continue
+            if damaged is not None:
+                detail = f"the disk is no qcow2 file any more: {damaged}"
+                raise BackendError(detail, disk_id=disk_id, name=name) from damaged
+            return self._disk(disk_id, name, record, size)
+        return None
 
     def iter_root_disks(self) -> Iterator[RootDisk]:
         for disk_id, name in self._recorded():
@@ -334,3 +331,15 @@ class FileDisks(TiedDisks):
                 name=name,
                 stage="attach",
             )
+
+
+def _virtual_size(disk: Path, record: _records.DiskRecord) -> int:
+    try:
+        with disk.open("rb", buffering=0) as file:
+            if record.format == "raw":
+                return os.fstat(file.fileno()).st_size
+            # written by qemu-img, not by the guest: the guest sees what is inside
+            return _qcow2.parse_header(file.read(_qcow2.HEADER_BYTES)).virtual_size
+    except PermissionError:
+        # libvirt gave the disk to the guest's user while it runs: what we wrote down last
+        return record.created_size

@@ -42,8 +42,13 @@ class Looks:
         """As Backend.find_base."""
         directory = f"{self._bases}/{image_id}"
         try:
-            record = self._record(image_id, directory, os.stat(f"{directory}/base.json"))  # noqa: PTH116 - names as text
+            described = os.stat(f"{directory}/base.json")  # noqa: PTH116 - names as text
+            record = self._record(image_id, directory, described)
             size = os.stat(f"{directory}/disk").st_size  # noqa: PTH116 - names as text
+            if record is not None and size != record.size:
+                again = os.stat(f"{directory}/base.json")  # noqa: PTH116 - names as text
+                if _key(again) != _key(described):  # another base has its name by now
+                    return self.find(image_id)
         except (FileNotFoundError, NotADirectoryError):
             self._parsed.pop(image_id, None)
             return None
@@ -152,6 +157,10 @@ class Looks:
         except (FileNotFoundError, NotADirectoryError, KeyError):
             self._parsed.pop(image_id, None)
             return None
+        if record is not None and disk.st_size != record.size:
+            # cut off; or listed while another base took its place
+            again = self.find(image_id)
+            return None if again is None else Survey(base=again)
         used, unused = found.get("last-used"), found.get("unused-since")
         base = self._base(image_id, record, disk.st_size, used and used.st_mtime, unused and unused.st_mtime)
         if base is None:
@@ -162,8 +171,7 @@ class Looks:
         return Survey(base=base, users=users, allocated=blocks * 512)
 
     def _record(self, image_id: str, directory: str, described: os.stat_result) -> BaseRecord | None:
-        # a published record never changes, so its inode and mtime stand for its content
-        key = (described.st_ino, described.st_mtime_ns)
+        key = _key(described)
         parsed = self._parsed.get(image_id)
         if parsed is None or parsed[0] != key:
             try:
@@ -225,6 +233,11 @@ class Looks:
             except FileNotFoundError:  # of a disk that was removed; or it has another name now
                 continue
         raise OSError(errno.EAGAIN, "path references come and go all the time", directory)
+
+
+def _key(record: os.stat_result) -> tuple[int, int]:
+    """What stands for a published record's content, which never changes."""
+    return record.st_ino, record.st_mtime_ns
 
 
 def _path_user(image_id: str, directory: str, name: str) -> DiskUser:
