@@ -324,7 +324,7 @@ def test_clones_of_format_1(ceph: CephCluster, tmp_path: Path) -> None:
 
 
 def test_first_disks_of_format_1(ceph: CephCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a base that was made when clones were of format 2: each makes its disk, and
+    """Of a base that was made when clones were of format 2: of many that find it unprotected each makes its disk, and
     one opens the base to protect it."""
     protect, protected = _rados.protect, []
 
@@ -342,9 +342,14 @@ def test_first_disks_of_format_1(ceph: CephCluster, tmp_path: Path, monkeypatch:
         hosts = [
             stack.enter_context(make_cache(ceph, tmp_path / str(number), source, conf=str(conf))) for number in range(4)
         ]
-        # one after the other: librbd 16 may abort a process in which several clone while one protects
-        for number in range(8):
+        start = threading.Barrier(8)
+
+        def make(number: int) -> None:
+            start.wait()
             hosts[number % 4].create_root_disk("img", f"vm-{number}")
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(make, range(8)))
         with pool.opened(ceph, "base.img") as image:
             assert len(_rbd_look.children(image)) == 8
         assert protected == ["base"]

@@ -115,28 +115,37 @@ class RbdDisks(RbdBases):
         snapshot = snapshot or SNAPSHOT
         features = self.store.features()
         try:
+            if base.managed and self.store.clones_need_protection():
+                self._protect(parent, snapshot)
             try:
                 _rados.clone(source, parent, snapshot, self.store.io, staging, features=features)
             except RefusedError:
-                # made when clones were of format 2, asked for when they are of format 1
+                # the cluster asks for clones of format 1 since a moment ago, or it was unprotected by hand
                 if not base.managed:
                     raise
+                self.store.protected.clear()
                 self._protect(parent, snapshot)
                 _rados.clone(source, parent, snapshot, self.store.io, staging, features=features)
         except NotThereError as err:
             raise BaseNotFoundError("the base went away meanwhile", image_id=base.image_id, stage="clone") from err
 
     def _protect(self, parent: str, snapshot: str) -> None:
-        """Protect a base's snapshot, if nobody else has. One at a time: librbd may abort the process where several open
-        an image for writing that one of them protects."""
+        """Protect a base's snapshot, if nobody else has: it was made when clones were of format 2.
+
+        Before anybody makes a clone of format 1 of it, and one at a time: librbd may abort the process where several
+        have an image open that one of them protects.
+        """
         if (rbd_id := self.store.id_of(parent)) is None:
             raise NotThereError(f"{parent} is gone")
+        if (rbd_id, snapshot) in self.store.protected:
+            return
         with self.store.claimed(rbd_id, "protecting it"):
             with _rbd_look.opened_by_id(self.store.io, rbd_id) as image:
-                if _rbd_look.is_protected(image, snapshot):
-                    return
-            with _rados.changing(self.store.io, image_id=rbd_id) as image, suppress(BusyError):
-                _rados.protect(image, snapshot)
+                done = _rbd_look.is_protected(image, snapshot)
+            if not done:
+                with _rados.changing(self.store.io, image_id=rbd_id) as image, suppress(BusyError):
+                    _rados.protect(image, snapshot)
+        self.store.protected.add((rbd_id, snapshot))
 
     def _still_there(self, base: BaseImage, clone: Image) -> None:
         """See that the clone's parent is the base that was given, and still has its name."""

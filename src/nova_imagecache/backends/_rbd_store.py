@@ -70,6 +70,8 @@ class Store:
         """Called by ``close``: librbd waits for ever for an image to close whose connection is gone."""
         self._features: int | None = None
         self._protection: tuple[float, bool] | None = None
+        self.protected: set[tuple[str, str]] = set()
+        """Snapshots, and their images' ids, of which clones of format 1 can be made."""
         self._claims = threading.local()
 
     @property
