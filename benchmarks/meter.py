@@ -138,9 +138,13 @@ def percentile(ordered: Sequence[float], percent: int) -> float:
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
 
 
-def together(count: int, work: Any) -> None:
-    """Call ``work(number)`` in ``count`` threads that begin at one moment; the first error is raised when all ended."""
-    barrier = threading.Barrier(count)
+def together(count: int, work: Any) -> float:
+    """Call ``work(number)`` in ``count`` threads that begin at one moment; the seconds from then until all ended.
+
+    The first error is raised when all ended.
+    """
+    begun: list[float] = []
+    barrier = threading.Barrier(count, lambda: begun.append(time.perf_counter()))
     errors: list[BaseException] = []
 
     def one(number: int) -> None:
@@ -155,8 +159,10 @@ def together(count: int, work: Any) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    ended = time.perf_counter()
     if errors:
         raise errors[0]
+    return ended - begun[0]
 
 
 # --- talking to the parent -------------------------------------------------------------------------------------------

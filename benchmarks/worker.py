@@ -131,8 +131,8 @@ def at_once(task: Figures) -> Figures:
         after = time.perf_counter() - start
         times = [0.0] * task["n"]
         with meter.Meter(_IMPORTED) as costs:
-            meter.together(task["n"], lambda number: times.__setitem__(number, one(f"at-once-{number}")))
-        return {**costs.figures, **meter.spread(times), "one_by_one": after}
+            seconds = meter.together(task["n"], lambda number: times.__setitem__(number, one(f"at-once-{number}")))
+        return {**costs.figures, **meter.spread(times), "seconds": seconds, "one_by_one": after}
 
 
 def cleanup(task: Figures) -> Figures:

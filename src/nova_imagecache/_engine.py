@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nova_imagecache import _admission, _args, _entries, _users, _verify
+from nova_imagecache import _admission, _args, _entries, _turns, _users, _verify
 from nova_imagecache._fetch import Fetcher
 from nova_imagecache._flight import Flights, Leader
 from nova_imagecache._guard import GuardedBackend, GuardedSource
@@ -169,7 +169,10 @@ class Engine:
                 watch.check("wait")
                 request = (id(source.inner), call.expect)
                 try:
-                    base = self._flights.join(image_id, request, find=find, accepts=accepts, fetch=fetch, watch=watch)
+                    with _turns.given_up():
+                        base = self._flights.join(
+                            image_id, request, find=find, accepts=accepts, fetch=fetch, watch=watch
+                        )
                 finally:
                     self._tell_evicted()
                     if failed.is_set():  # what it had written is gone again, and what made room for it stays gone
@@ -375,7 +378,8 @@ class Engine:
             event = Event(
                 kind=kind, time=self.clock(), image_id=image_id, disk_id=disk_id, name=name, details=dict(details)
             )
-            call_safely(self._on_event, event)
+            with _turns.given_up():
+                call_safely(self._on_event, event)
 
 
 def _is_there(base: BaseImage) -> bool:

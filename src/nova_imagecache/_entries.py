@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nova_imagecache import _fs
+from nova_imagecache import _fs, _turns
 from nova_imagecache.exceptions import LockTimeoutError
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ class _Waiting:
                 self._marks, self._since = marks, now
         if (waited := now - self._since) > self._patience.timeout:
             raise LockTimeoutError(str(self._path), waited, stage="holding a disk's directory")
-        time.sleep(_POLL)
+        with _turns.given_up():
+            time.sleep(_POLL)
 
 
 def _marks(path: Path, depth: int = 2) -> frozenset[tuple[str, int, int, int]]:

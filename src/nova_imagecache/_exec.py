@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nova_imagecache import _turns
 from nova_imagecache.exceptions import BackendError, CommandError
 
 if TYPE_CHECKING:
@@ -61,15 +62,18 @@ def run(
             raise BackendError(f"{tool} is not installed", stage=stage, todo=f"Install {package}")
     env = {"LC_ALL": "C", "PATH": os.environ.get("PATH", os.defpath)}
     deadline = time.monotonic() + timeout
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=env,
-        # a Ctrl-C at the terminal is ours to answer: the child would die of it and look like a bad image
-        process_group=0,
-    ) as child:
+    with (
+        _turns.given_up(),
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=env,
+            # a Ctrl-C at the terminal is ours to answer: the child would die of it and look like a bad image
+            process_group=0,
+        ) as child,
+    ):
         try:
             stdout, stderr = _communicate(child, deadline, checkpoint)
         except BaseException:

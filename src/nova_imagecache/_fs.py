@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nova_imagecache import _turns
 from nova_imagecache._extents import data_extents
 
 if TYPE_CHECKING:
@@ -106,7 +107,9 @@ def truncate(fd: int, size: int) -> None:
 def allocate(fd: int, size: int) -> None:
     """Reserve blocks for the first ``size`` bytes, keeping length and content."""
     # os.posix_fallocate lengthens the file, and writes zeros where the filesystem cannot reserve
-    if _libc().fallocate(fd, _KEEP_SIZE, 0, size) != 0:
+    with _turns.given_up():
+        refused = _libc().fallocate(fd, _KEEP_SIZE, 0, size) != 0
+    if refused:
         import ctypes
 
         code = ctypes.get_errno()
@@ -165,7 +168,8 @@ def rmtree(path: Path) -> None:
 
 def fsync(fd: int) -> None:
     """Content and length of the file are on stable storage."""
-    os.fsync(fd)
+    with _turns.given_up():
+        os.fsync(fd)
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:
@@ -178,7 +182,8 @@ def fsync_dir(path: Path) -> None:
     """The names in the directory are on stable storage."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with _turns.given_up():
+            os.fsync(fd)
     finally:
         os.close(fd)
 

@@ -14,6 +14,7 @@ import zlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from nova_imagecache import _turns
 from nova_imagecache.exceptions import BackendError, LockTimeoutError, NoSpaceError
 
 if TYPE_CHECKING:
@@ -118,7 +119,8 @@ class Locks:
                 check()
             if (waited := time.monotonic() - start) > self.timeout:
                 raise LockTimeoutError(str(lock.path), waited, disk_id=disk_id)
-            time.sleep(pause)
+            with _turns.given_up():
+                time.sleep(pause)
             pause = min(pause * 2, _POLL)
         try:
             yield

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nova_imagecache import _args, _verify
+from nova_imagecache import _args, _turns, _verify
 from nova_imagecache._engine import ATTEMPTS
 from nova_imagecache._guard import translated
 from nova_imagecache.exceptions import (
@@ -20,6 +20,7 @@ from nova_imagecache.exceptions import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from typing import TypeVar
 
     from nova_imagecache._engine import Call, Engine
@@ -43,12 +44,28 @@ class RootDisks:
         _args.image_id(image_id)
         _check(disk_id, name)
         wanted = None if size is None else _args.size(size)
+        with self._turn():
+            disk, made = self._find_or_make(image_id, disk_id, name, wanted, call)
+        if made:
+            details: dict[str, str | float] = {"size": disk.virtual_size, "reference": disk.reference}
+            self._engine.emit("disk-created", image_id, disk_id, name, **details)
+        return disk
+
+    def _turn(self) -> AbstractContextManager[None]:
+        """Where a disk is quickly made, one thread at a time makes one; else they wait for the storage side by side."""
+        kind = self._backend.properties
+        return _turns.taken() if (kind.storage, kind.disk_kind) == ("files", "overlay") else nullcontext()
+
+    def _find_or_make(
+        self, image_id: str, disk_id: str, name: str, wanted: int | None, call: Call
+    ) -> tuple[RootDisk, bool]:
+        """The disk, and whether it was made now."""
         self._engine.root.prepare()
         existing = self._backend.get_root_disk(disk_id, name)
         if existing is not None:
             _same_disk(existing, image_id, wanted)
             if existing.reference != "path":
-                return existing
+                return existing, False
 
         def make(base: BaseImage, watch: Watch) -> tuple[RootDisk, bool]:
             if wanted is not None and wanted < base.virtual_size:
@@ -60,11 +77,7 @@ class RootDisks:
             with self._engine.disk_lock(disk_id, name, watch):
                 return self._make(base, disk_id, name, wanted)
 
-        disk, made = self._with_base(image_id, call, make, disk_size=wanted)
-        if not made:
-            return disk
-        self._engine.emit("disk-created", image_id, disk_id, name, size=disk.virtual_size, reference=disk.reference)
-        return disk
+        return self._with_base(image_id, call, make, disk_size=wanted)
 
     def _with_base(
         self, image_id: str, call: Call, use: Callable[[BaseImage, Watch], _T], *, disk_size: int | None = None
