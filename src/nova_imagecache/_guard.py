@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from nova_imagecache._models import Digest, ImageInfo
 from nova_imagecache.backends import Backend, BaseWriter, Claim
 from nova_imagecache.exceptions import BackendError, ImageCacheError, NoSpaceError, SourceError
-from nova_imagecache.sources import LocationFinder, StoreCopier
+from nova_imagecache.sources import DirectChunks, LocationFinder, StoreCopier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -351,7 +351,8 @@ class GuardedSource:
             context = self.inner.open(image, offset)
             chunks = context.__enter__()
         try:
-            yield self._iterate(image, chunks)
+            plain = self._iterate(image, chunks)
+            yield _GuardedChunks(self, image, plain, chunks) if isinstance(chunks, DirectChunks) else plain
         except BaseException as err:
             try:
                 with self._call("close", image.image_id):
@@ -370,6 +371,34 @@ class GuardedSource:
                     text = f"source {self.name} gave a {type(chunk).__name__} for bytes"
                     raise SourceError(text, image_id=image.image_id, todo=_MEND)
                 yield chunk
+
+    def read_into(self, image: ImageInfo, chunks: DirectChunks, buffer: memoryview) -> int:
+        """As DirectChunks.readinto."""
+        with self._call("read", image.image_id):
+            count = chunks.readinto(buffer)
+            if not _is_size(count) or count > len(buffer):
+                text = f"source {self.name} read {count!r} bytes into a buffer of {len(buffer)}"
+                raise SourceError(text, image_id=image.image_id, todo=_MEND)
+            return count
+
+
+class _GuardedChunks:
+    """A plug-in's DirectChunks whose errors are ours."""
+
+    def __init__(self, source: GuardedSource, image: ImageInfo, plain: Iterator[bytes], inner: DirectChunks) -> None:
+        self._source = source
+        self._image = image
+        self._plain = plain
+        self._inner = inner
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._plain
+
+    def __next__(self) -> bytes:
+        return next(self._plain)
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        return self._source.read_into(self._image, self._inner, buffer)
 
 
 def _problem(image: object, image_id: str) -> str | None:

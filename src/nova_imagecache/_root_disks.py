@@ -46,9 +46,9 @@ class RootDisks:
         wanted = None if size is None else _args.size(size)
         with self._turn():
             disk, made = self._find_or_make(image_id, disk_id, name, wanted, call)
-        if made:
-            details: dict[str, str | float] = {"size": disk.virtual_size, "reference": disk.reference}
-            self._engine.emit("disk-created", image_id, disk_id, name, **details)
+        if not made:
+            return disk
+        self._engine.emit("disk-created", image_id, disk_id, name, size=disk.virtual_size, reference=disk.reference)
         return disk
 
     def _turn(self) -> AbstractContextManager[None]:

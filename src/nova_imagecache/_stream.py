@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from nova_imagecache import _extents
 from nova_imagecache.exceptions import SourceUnavailableError
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ PIECE = 4 * MIB
 """Twice the largest cluster of a qcow2 file, so that a piece holds whole ones."""
 
 _RING = 5
+_AT_ONCE = 256 * 1024
+"""Bytes asked for at once: what a break in the middle of them loses."""
+
 _POLL = 0.1
 _PATIENCE = 0.5
 """Seconds for the threads to end; one that hangs in its source is left behind."""
@@ -34,7 +38,7 @@ _PATIENCE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class _Filled:
-    buffer: bytearray
+    buffer: memoryview
     length: int
 
 
@@ -45,7 +49,7 @@ class Stream:
     """The image's bytes as pieces of 4 MiB (the last may be shorter); iterate inside the context.
 
     A piece is the caller's until it asks for the next one. ``look`` is called in the reading thread with all bytes, as
-    they come, at most 1 MiB at a time; what it raises ends the stream. ``check`` is called before every piece and ten
+    they come, at most 256 KiB at a time; what it raises ends the stream. ``check`` is called before every piece and ten
     times a second while none comes; what it raises ends the waiting: a thread that hangs in its source is left behind,
     and ends with the source's own read time-out. After the context nothing is looked at any more.
     """
@@ -66,10 +70,11 @@ class Stream:
         self._look = look
         self._check = check
         self._hashes = {algorithm: hashlib.new(algorithm, usedforsecurity=False) for algorithm in algorithms}
-        self._empty: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        self._empty: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._read: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._hashed: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._stop = threading.Event()
+        self._ring = _extents.blank(_RING * PIECE)
         self._made = 0
         self._threads = [
             threading.Thread(target=target, name=f"{what}-{image.image_id}", daemon=True)
@@ -107,7 +112,7 @@ class Stream:
                 return
             if isinstance(item, BaseException):
                 raise item
-            with memoryview(item.buffer) as whole, whole[: item.length] as piece:
+            with item.buffer[: item.length] as piece:
                 yield piece
             self._empty.put(item.buffer)
 
@@ -122,41 +127,51 @@ class Stream:
         self._read.put(last)
 
     def _fill_pieces(self) -> None:
-        buffer, length = self._buffer(), 0
         with self._source.open(self._image) as chunks:
-            for part in self._parts(chunks):
-                self._look(part)
-                rest = part
-                while rest and buffer is not None:
-                    taken = rest[: PIECE - length]
-                    buffer[length : length + len(taken)] = taken
-                    length += len(taken)
-                    rest = rest[len(taken) :]
-                    if length == PIECE:
-                        self._read.put(_Filled(buffer, length))
-                        buffer, length = self._buffer(), 0
-                if buffer is None:
+            # without a copy, where the source can
+            read = getattr(chunks, "readinto", None) or self._copying(chunks)
+            while (buffer := self._buffer()) is not None:
+                length = self._fill_piece(buffer, read)
+                if length and not self._stop.is_set():
+                    self._read.put(_Filled(buffer, length))
+                if length < PIECE:
                     return
-        if length and buffer is not None:
-            self._read.put(_Filled(buffer, length))
 
-    def _parts(self, chunks: Iterable[bytes]) -> Iterator[memoryview]:
-        """The chunks of a source, which may be of any size, at most 1 MiB at a time, while anybody wants them."""
-        for chunk in chunks:
-            view = memoryview(chunk)
-            for start in range(0, len(view), MIB):
-                if self._stop.is_set():
-                    return
-                yield view[start : start + MIB]
-            if self._stop.is_set():  # a chunk may be empty, and the next one as well
-                return
+    def _fill_piece(self, buffer: memoryview, read: Callable[[memoryview], int]) -> int:
+        """Fill the buffer, while anybody wants it; how far: less than a piece where the image ends."""
+        length = 0
+        while length < PIECE and not self._stop.is_set():
+            count = read(buffer[length : length + _AT_ONCE])
+            if not count:
+                break
+            self._look(buffer[length : length + count])
+            length += count
+        return length
 
-    def _buffer(self) -> bytearray | None:
+    def _copying(self, chunks: Iterator[bytes]) -> Callable[[memoryview], int]:
+        """What reads chunks of any size into buffers, as DirectChunks.readinto does."""
+        rest = memoryview(b"")
+
+        def read(buffer: memoryview) -> int:
+            nonlocal rest
+            while not rest:
+                chunk = next(chunks, None)
+                if chunk is None or self._stop.is_set():  # a chunk may be empty, and the next one as well
+                    return 0
+                rest = memoryview(chunk)
+            count = min(len(rest), len(buffer))
+            buffer[:count] = rest[:count]
+            rest = rest[count:]
+            return count
+
+        return read
+
+    def _buffer(self) -> memoryview | None:
         """An empty buffer, None: nobody wants any more."""
         while not self._stop.is_set():
             if self._made < _RING and self._empty.empty():
                 self._made += 1
-                return bytearray(PIECE)
+                return self._ring[(self._made - 1) * PIECE : self._made * PIECE]
             try:
                 return self._empty.get(timeout=_POLL)
             except queue.Empty:
@@ -168,7 +183,7 @@ class Stream:
     def _hash(self) -> None:
         while isinstance(item := self._read.get(), _Filled):
             if not self._stop.is_set():
-                with memoryview(item.buffer) as whole, whole[: item.length] as piece:
+                with item.buffer[: item.length] as piece:
                     for hasher in self._hashes.values():
                         hasher.update(piece)
             self._hashed.put(item)

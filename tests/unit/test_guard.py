@@ -27,6 +27,7 @@ from nova_imagecache.exceptions import (
     NoSpaceError,
     SourceError,
 )
+from nova_imagecache.sources import DirectChunks
 
 RECORD = BaseRecord(
     image_id="img",
@@ -410,6 +411,52 @@ def test_chunks_that_are_no_bytes_are_a_source_error(chunk: object) -> None:
     """They are not laid at the storage's door."""
     with pytest.raises(SourceError, match=f"source mine gave a {type(chunk).__name__} for bytes"):
         read(GuardedSource(Answering(IMAGE, [b"a", chunk])))
+
+
+class Direct:
+    """Chunks that are read into buffers, which answers and raises what it is told to."""
+
+    def __init__(self, answer: object) -> None:
+        self._answer = answer
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter([b"abcd"])
+
+    def __next__(self) -> bytes:
+        return b"abcd"
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        if isinstance(self._answer, BaseException):
+            raise self._answer
+        buffer[:2] = b"ab"
+        return self._answer  # type: ignore[return-value]  # that is the point
+
+
+def _read_into(answer: object) -> bytes:
+    source = Answering(IMAGE)
+    source._chunks = lambda: Direct(answer)  # type: ignore[method-assign]  # a double
+    buffer = bytearray(4)
+    with GuardedSource(source).open(IMAGE) as chunks:
+        assert isinstance(chunks, DirectChunks)
+        return bytes(buffer[: chunks.readinto(memoryview(buffer))])
+
+
+def test_chunks_are_read_into_buffers() -> None:
+    """Or taken one by one."""
+    assert _read_into(2) == b"ab"
+    source = Answering(IMAGE)
+    source._chunks = lambda: Direct(2)  # type: ignore[method-assign]  # a double
+    assert read(GuardedSource(source)) == [b"abcd"]
+    with GuardedSource(source).open(IMAGE) as chunks:
+        assert next(chunks) == b"abcd"
+
+
+@pytest.mark.parametrize("answer", [5, -1, None, "2", KeyError("mine")], ids=repr)
+def test_a_buffer_that_is_not_filled_as_told_is_a_source_error(answer: object) -> None:
+    """More bytes than there is room for would be another piece's."""
+    with pytest.raises(SourceError, match=r"source mine (read|failed in read)") as caught:
+        _read_into(answer)
+    assert (caught.value.image_id, caught.value.stage) == ("img", "read")
 
 
 def test_another_image_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "CopyFailedError",
     "CopyRefusedError",
     "Digest",
+    "DirectChunks",
     "ImageCorruptError",
     "ImageInfo",
     "ImageNotActiveError",
@@ -73,6 +74,23 @@ class ImageSource(Protocol):
         Raises, on entering and while iterating:
             ImageNotFoundError, ImageNotActiveError, SourceForbiddenError: as the image's state is now.
             SourceUnavailableError: the stream broke, and could not be continued.
+        """
+
+
+@runtime_checkable
+class DirectChunks(Protocol):
+    """What ``open`` may give instead of a plain iterator: chunks that need not be copied to where they are wanted."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The chunks, as ``open`` describes them."""
+
+    def __next__(self) -> bytes:
+        """The next chunk."""
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """The next bytes, into the front of ``buffer``, which has room for one at least: how many; 0 at the end.
+
+        Raises what iterating raises; what ``buffer`` holds then counts as not read.
         """
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from http.client import HTTPException, HTTPResponse
+from typing import TYPE_CHECKING, Self
 
 from nova_imagecache.exceptions import ImageCorruptError, ImageNotActiveError, SourceError, SourceUnavailableError
 from nova_imagecache.sources._glance_errors import Attempts, TryAgainError, failure
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import requests
 
     from nova_imagecache._models import ImageInfo
     from nova_imagecache.sources._glance_http import Transport
 
 _PIECE = 2**18
-"""Bytes asked for at once; what has arrived is seldom more."""
+"""Bytes of a chunk."""
+
+_LEAST = 2**14
+"""Bytes waited for at once when an answer begins, twice as many each time: a break loses what was waited for."""
 
 _STAGE = "fetch"
 
@@ -35,7 +40,7 @@ class _OtherLengthError(TryAgainError):
 
 
 class ImageStream:
-    """The bytes of ``image`` from ``offset`` on. ``connect`` first, then iterate ``chunks``, then ``close``.
+    """The bytes of ``image`` from ``offset`` on. ``connect`` first, then read, then ``close``.
 
     ``look_again`` gives the image as it is now; it is asked only when the service has refused the data.
     """
@@ -49,6 +54,7 @@ class ImageStream:
         self._attempts = Attempts(transport.options, image_id=image.image_id, stage=_STAGE)
         self._position = offset  # of the next byte that the reader is owed
         self._skip = 0  # bytes of the present answer that come before it
+        self._at_once = _LEAST
         self._end = image.size  # what the answer says where the image does not
         self._ranges = True  # until the server shows that it knows none
         self._closed = False
@@ -71,26 +77,40 @@ class ImageStream:
             except TryAgainError as err:
                 self._failed(err)
 
-    def chunks(self) -> Iterator[bytes]:
-        """The bytes, as they arrive; goes on with another answer where one breaks off.
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> bytes:
+        """As ``readinto``, some 256 KiB at a time."""
+        buffer = bytearray(_PIECE)
+        count = self.readinto(memoryview(buffer))
+        if not count:
+            raise StopIteration
+        return bytes(memoryview(buffer)[:count])
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """The next bytes, into the front of ``buffer``: how many, 0 at the end. Goes on with another answer where one
+        breaks off; what the buffer had got of it is read again.
 
         Raises:
             the same as ``connect``.
         """
         while self._response is not None:
-            start = self._position
             try:
-                yield from self._body(self._response)
+                count = self._read(self._response, buffer)
             except TryAgainError as err:
-                if self._position > start:
-                    self._attempts.progressed()
                 self._failed(err)
                 self.connect()
             else:
-                return
+                if count:
+                    self._attempts.progressed()
+                    return count
+                self._drop()
+        self._refuse_closed()
+        return 0
 
     def close(self) -> None:
-        """Close the connection, in the middle of an answer too; ``chunks`` gives nothing more."""
+        """Close the connection, in the middle of an answer too; nothing more is read."""
         self._closed = True
         self._drop()
 
@@ -99,11 +119,14 @@ class ImageStream:
             self._response.close()
             self._response = None
 
+    def _refuse_closed(self) -> None:
+        # what outlives its context must not begin another download, nor look like the image's end
+        if self._closed:
+            raise SourceUnavailableError("the stream was closed", image_id=self._image.image_id, stage=_STAGE)
+
     def _failed(self, err: TryAgainError) -> None:
         self._drop()
-        if self._closed:
-            # an iterator that outlives its context must not begin another download
-            raise SourceUnavailableError("the stream was closed", image_id=self._image.image_id, stage=_STAGE)
+        self._refuse_closed()
         try:
             self._attempts.failed(err)
         except SourceUnavailableError as last:
@@ -152,29 +175,34 @@ class ImageStream:
             raise _OtherLengthError(total, size)
         self._end = size if size is not None else total
         self._skip = self._position - start
+        self._at_once = _LEAST
 
-    def _body(self, response: requests.Response) -> Iterator[bytes]:
+    def _read(self, response: requests.Response, buffer: memoryview) -> int:
+        """The answer's next bytes that the reader has not: how many, 0 at the image's end.
+
+        Raises:
+            TryAgainError: it broke off.
+        """
         from urllib3.exceptions import HTTPError
 
         broken: Exception | None = None
-        while True:
-            try:
-                # What has arrived, without waiting for more: nothing of it is lost when the connection breaks, as it
-                # would be in requests' iter_content.
-                piece = response.raw.read1(_PIECE, decode_content=True)
-            except (OSError, HTTPError) as err:
-                broken = err
-                break
-            if not piece:
-                break
-            dropped = min(self._skip, len(piece))
-            self._skip -= dropped
-            self._position += len(piece) - dropped
-            if dropped:
-                piece = piece[dropped:]
-            if piece:
-                yield piece
+        try:
+            while self._skip:
+                count = _read_into(response, buffer[: self._skip])
+                if not count:
+                    break
+                self._skip -= count
+            else:
+                if count := _read_into(response, buffer[: self._at_once]):
+                    self._at_once = min(2 * self._at_once, _PIECE)
+                    self._position += count
+                    return count
+        except (OSError, HTTPException, HTTPError) as err:
+            broken = err
         self._judge_end(broken)
+        if broken is None:
+            response.raw.release_conn()  # for the next request
+        return 0
 
     def _judge_end(self, broken: Exception | None) -> None:
         """Return if the image is whole."""
@@ -206,9 +234,24 @@ class ImageStream:
         return failure(status, image_id=image_id, stage=_STAGE)
 
 
+def _read_into(response: requests.Response, buffer: memoryview) -> int:
+    """Bytes of the answer's body, into the front of the buffer: how many, 0 at its end."""
+    # below urllib3, which makes bytes of what it reads; by urllib3 where they must be decoded
+    body = getattr(response.raw, "_fp", None)
+    if isinstance(body, HTTPResponse) and _is_plain(response):
+        return body.readinto(buffer)
+    piece: bytes = response.raw.read1(len(buffer), decode_content=True)
+    buffer[: len(piece)] = piece
+    return len(piece)
+
+
+def _is_plain(response: requests.Response) -> bool:
+    return response.headers.get("Content-Encoding", "identity") == "identity"
+
+
 def _extent(response: requests.Response) -> tuple[int | None, int | None]:
     """The answer's first byte and the whole's length, as far as its headers say; of an encoded answer, nothing."""
-    if response.headers.get("Content-Encoding", "identity") != "identity":
+    if not _is_plain(response):
         return None, None
     if response.status_code == HTTPStatus.OK:
         length = response.headers.get("Content-Length", "")

@@ -154,7 +154,7 @@ class GlanceSource:
 
     @contextmanager
     def open(self, image: ImageInfo, offset: int = 0) -> Iterator[Iterator[bytes]]:
-        """The image's bytes from ``offset`` to its end, in chunks of about 1 MiB, by one request if it does not break.
+        """The image's bytes from ``offset`` to its end, in chunks of 256 KiB, by one request if it does not break.
 
         Where the stream breaks it goes on by a Range request, or, where the store knows no ranges (Glance's RBD store),
         from the start, dropping what the reader has.
@@ -175,7 +175,7 @@ class GlanceSource:
         stream = ImageStream(self._transport, image, offset, lambda: self.get(image.image_id))
         try:
             stream.connect()
-            yield stream.chunks()
+            yield stream
         finally:
             stream.close()
 

@@ -6,18 +6,19 @@ import hashlib
 import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import pytest
 
 from nova_imagecache._models import Digest, ImageInfo
 from nova_imagecache.exceptions import ImageNotActiveError, ImageNotFoundError
-from nova_imagecache.sources import ImageSource
+from nova_imagecache.sources import DirectChunks, ImageSource
 from nova_imagecache.testing._promises import CONTRACT_VERSION, chapter, promise, refused, same
 from nova_imagecache.testing._source_traces import WAYS, WORDS, below, changed, descriptors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 GIB = 2**30
@@ -161,6 +162,15 @@ class SourceContract:
         promise(all(parts), "no chunk is empty")
         same(b"".join(parts), DATA, "the chunks together are the image, in order")
 
+    def test_read_into_buffers(self, harness: SourceHarness) -> None:
+        """Chunks that can be read into buffers, of any size, give the same bytes; nothing comes behind the last."""
+        image = harness.source.get(harness.add_image(DATA))
+        with harness.source.open(image) as chunks:
+            first = next(chunks)
+            found = first + _read_into(chunks)
+            promise(next(chunks, None) is None, "at the end there is no chunk more")
+        same(found, DATA, "`readinto` goes on where iterating came to, and fills the buffer from its front")
+
     @pytest.mark.parametrize("offset", [1, 4096, 2**20, 2**20 + 1, len(DATA) - 1])
     def test_open_from_an_offset(self, harness: SourceHarness, offset: int) -> None:
         """From an offset come the bytes behind it."""
@@ -275,6 +285,20 @@ class SourceContract:
         if not differs:
             pytest.skip(f"{cls.__name__} has no constructor that runs for each harness")
         promise(not any(differs), f"the constructor writes nothing, and it changed {differs}")
+
+
+def _read_into(chunks: Iterator[bytes]) -> bytes:
+    """All bytes that are left, by ``readinto`` into buffers of all sizes where there is one."""
+    if not isinstance(chunks, DirectChunks):
+        return b"".join(chunks)
+    found, sizes = bytearray(), cycle((1, 4096, 2**20 + 1, 77))
+    while True:
+        buffer = bytearray(next(sizes))
+        count = chunks.readinto(memoryview(buffer))
+        promise(0 <= count <= len(buffer), "`readinto` says how many bytes it put into the buffer")
+        if not count:
+            return bytes(found)
+        found += buffer[:count]
 
 
 def read(source: ImageSource, image: ImageInfo, offset: int = 0) -> bytes:
