@@ -225,13 +225,13 @@ class Ingest:
                 for piece in chain([first], pieces):
                     decoding.feed(piece)
                 decoding.finish()
-        self._verify(stream)
         self._size = header.virtual_size
         with self._storable(self._size):
             writer.set_size(self._size)
         sums = placer.sums(check=lambda: self._watch.check("checksums"))
         if sums is not None:
             writer.write_sums(sums)
+        self._verify(stream)  # last: the rest is done beside the hash
         return _DECODED
 
     def _download_and_convert(

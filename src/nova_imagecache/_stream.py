@@ -1,8 +1,8 @@
-"""A source's bytes in large pieces, hashed on the way: three threads, one after the other, over a ring of buffers.
+"""A source's bytes in large pieces, hashed on the way: three threads over a ring of buffers.
 
-The first reads and looks (is this what was announced?), the second hashes, the caller takes the pieces. Each works on
-another buffer of the ring, and reading, hashing and writing all run without Python's lock: a fetch takes as long as the
-slowest of them, and the ring is all the memory it needs.
+The first reads and looks (is this what was announced?); what it has read the second hashes while the caller takes it.
+Reading, hashing and writing all run without Python's lock: a fetch takes as long as the slowest of them, and the ring
+is all the memory it needs.
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ _PATIENCE = 0.5
 """Seconds for the threads to end; one that hangs in its source is left behind."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Filled:
     buffer: memoryview
     length: int
+    users: int = 2
+    """Who still needs it: the hash, and the caller."""
 
 
 _Item = _Filled | BaseException | None
@@ -71,8 +73,10 @@ class Stream:
         self._check = check
         self._hashes = {algorithm: hashlib.new(algorithm, usedforsecurity=False) for algorithm in algorithms}
         self._empty: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        self._read: queue.SimpleQueue[_Item] = queue.SimpleQueue()
-        self._hashed: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._for_hash: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._for_caller: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._mutex = threading.Lock()
+        self._all_hashed = False
         self._stop = threading.Event()
         self._ring = _extents.blank(_RING * PIECE)
         self._made = 0
@@ -82,7 +86,13 @@ class Stream:
         ]
 
     def digest(self, algorithm: str) -> str:
-        """The hexadecimal digest of all bytes; after the last piece."""
+        """The hexadecimal digest of all bytes; after the last piece. Waits for the hash, as iterating does."""
+        hashing = self._threads[-1]
+        while hashing.is_alive():
+            self._check()
+            hashing.join(_POLL)
+        if not self._all_hashed:
+            raise SourceUnavailableError("the hashing thread ended early", image_id=self._image.image_id)
         return self._hashes[algorithm].hexdigest()
 
     def __enter__(self) -> Self:
@@ -102,9 +112,9 @@ class Stream:
         while True:
             self._check()
             try:
-                item = self._hashed.get(timeout=_POLL)
+                item = self._for_caller.get(timeout=_POLL)
             except queue.Empty:
-                if not self._threads[-1].is_alive() and self._hashed.empty():
+                if not self._threads[0].is_alive() and self._for_caller.empty():
                     text = "the reading thread ended early"
                     raise SourceUnavailableError(text, image_id=self._image.image_id) from None
                 continue
@@ -114,7 +124,19 @@ class Stream:
                 raise item
             with item.buffer[: item.length] as piece:
                 yield piece
+            self._done(item)
+
+    def _done(self, item: _Filled) -> None:
+        """One of the two who need it needs it no longer."""
+        with self._mutex:
+            item.users -= 1
+            over = not item.users
+        if over:
             self._empty.put(item.buffer)
+
+    def _hand_on(self, item: _Item) -> None:
+        self._for_hash.put(item)
+        self._for_caller.put(item)
 
     # --- in the reading thread
 
@@ -124,7 +146,7 @@ class Stream:
             self._fill_pieces()
         except BaseException as err:  # noqa: BLE001 - handed to the thread that waits; reason: it must hear of anything
             last = err
-        self._read.put(last)
+        self._hand_on(last)
 
     def _fill_pieces(self) -> None:
         with self._source.open(self._image) as chunks:
@@ -133,7 +155,7 @@ class Stream:
             while (buffer := self._buffer()) is not None:
                 length = self._fill_piece(buffer, read)
                 if length and not self._stop.is_set():
-                    self._read.put(_Filled(buffer, length))
+                    self._hand_on(_Filled(buffer, length))
                 if length < PIECE:
                     return
 
@@ -181,10 +203,10 @@ class Stream:
     # --- in the hashing thread
 
     def _hash(self) -> None:
-        while isinstance(item := self._read.get(), _Filled):
+        while isinstance(item := self._for_hash.get(), _Filled):
             if not self._stop.is_set():
                 with item.buffer[: item.length] as piece:
                     for hasher in self._hashes.values():
                         hasher.update(piece)
-            self._hashed.put(item)
-        self._hashed.put(item)
+            self._done(item)
+        self._all_hashed = item is None and not self._stop.is_set()

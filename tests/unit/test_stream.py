@@ -84,6 +84,77 @@ def test_a_slow_caller_holds_the_source_up() -> None:
         assert pieces.digest("sha256") == hashlib.sha256(data).hexdigest()
 
 
+class SlowHash:
+    """Hashes nothing before it is let."""
+
+    def __init__(self, let: threading.Event) -> None:
+        self._let = let
+        self._inner = hashlib.sha256()
+
+    def update(self, data: memoryview) -> None:
+        assert self._let.wait(30)
+        self._inner.update(data)
+
+    def hexdigest(self) -> str:
+        return self._inner.hexdigest()
+
+
+@pytest.fixture
+def let_hash(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """No hash goes on before this is set."""
+    let = threading.Event()
+    monkeypatch.setattr(hashlib, "new", lambda *_, **__: SlowHash(let))
+    yield let
+    let.set()
+
+
+def test_pieces_come_before_they_are_hashed(let_hash: threading.Event) -> None:
+    """The digest is waited for."""
+    with stream(source(), algorithms=["sha256"]) as pieces:
+        assert b"".join(bytes(piece) for piece in pieces) == DATA
+        threading.Timer(0.3, let_hash.set).start()
+        assert pieces.digest("sha256") == hashlib.sha256(DATA).hexdigest()
+
+
+def test_a_slow_hash_holds_the_source_up(let_hash: threading.Event) -> None:
+    """No more is read than the ring holds, and nothing that is not hashed yet is written over."""
+    data = DATA * 8
+    served = source(data)
+    with stream(served, algorithms=["sha256"]) as pieces:
+        found, iterator = b"", iter(pieces)
+        for _ in range(5):
+            found += bytes(next(iterator))
+        time.sleep(0.3)
+        assert served.bytes_served <= 6 * PIECE
+        let_hash.set()
+        assert found + b"".join(bytes(piece) for piece in iterator) == data
+        assert pieces.digest("sha256") == hashlib.sha256(data).hexdigest()
+
+
+def test_waiting_for_the_digest_is_checked(let_hash: threading.Event) -> None:
+    """A deadline or a cancel is seen although the hash takes long."""
+    enough = threading.Event()
+
+    def check() -> None:
+        if enough.is_set():
+            raise TimeoutError("enough")
+
+    with stream(source(), algorithms=["sha256"], check=check) as pieces:
+        list(pieces)
+        enough.set()
+        with pytest.raises(TimeoutError):
+            pieces.digest("sha256")
+        let_hash.set()
+
+
+def test_there_is_no_digest_of_a_stream_that_broke() -> None:
+    with stream(source(break_after=5 * MIB), algorithms=["sha256"]) as pieces:
+        with pytest.raises(SourceUnavailableError):
+            list(pieces)
+        with pytest.raises(SourceUnavailableError, match="hashing thread"):
+            pieces.digest("sha256")
+
+
 def test_a_stream_that_breaks_says_so() -> None:
     """After the pieces that came."""
     with stream(source(break_after=5 * MIB)) as pieces, pytest.raises(SourceUnavailableError):
