@@ -325,14 +325,19 @@ def test_clones_of_format_1(ceph: CephCluster, tmp_path: Path) -> None:
 
 def test_first_disks_of_format_1(ceph: CephCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a base that was made when clones were of format 2: of many that find it unprotected each makes its disk, and
-    one opens the base to protect it."""
-    protect, protected = _rados.protect, []
+    one opens the base to protect it, before any clone is tried: librbd may abort where both are done at once."""
+    protect, clone, steps = _rados.protect, _rados.clone, []
 
-    def counted(image: Any, snapshot: str) -> None:
-        protected.append(snapshot)
+    def protecting(image: Any, snapshot: str) -> None:
+        steps.append("protect")
         protect(image, snapshot)
 
-    monkeypatch.setattr(_rados, "protect", counted)
+    def cloning(*args: Any, **options: Any) -> None:
+        steps.append("clone")
+        clone(*args, **options)
+
+    monkeypatch.setattr(_rados, "protect", protecting)
+    monkeypatch.setattr(_rados, "clone", cloning)
     conf = tmp_path / "ceph.conf"
     conf.write_text(ceph.conf.read_text().replace("[client]\n", "[client]\nrbd default clone format = 1\n"))
     source = FakeSource({"img": raw("one").fake})
@@ -352,7 +357,7 @@ def test_first_disks_of_format_1(ceph: CephCluster, tmp_path: Path, monkeypatch:
             list(threads.map(make, range(8)))
         with pool.opened(ceph, "base.img") as image:
             assert len(_rbd_look.children(image)) == 8
-        assert protected == ["base"]
+        assert steps == ["protect", *["clone"] * 8]
         for number in range(8):
             hosts[0].remove_root_disk(f"vm-{number}")
         hosts[0].remove_base("img")
