@@ -111,7 +111,7 @@ class Trash:
 
     def _settle(self, token: str, held: _entries.Held) -> bool | None:
         """Give a base that a dead process had retired its name back; whether it has it, None: it waits for another."""
-        image_id = image_of(token)
+        image_id = _image_of(token)
         if not image_id or token.startswith(".") or retired_base(image_id, self.path / token) is None:
             return False  # it is nobody's, was being purged, or has no bytes
         with self._unchanged():
@@ -127,16 +127,16 @@ class Trash:
 
     def _is_another_going(self, token: str) -> bool:
         """Whether another base of that name is on its way out and may come back: the name is that one's."""
-        image_id = image_of(token)
+        image_id = _image_of(token)
         if os.path.lexists(self._bases / image_id):
             return False
-        others = (name for name in _entries.names(self.path) if image_of(name) == image_id)
+        others = (name for name in _entries.names(self.path) if _image_of(name) == image_id)
         return any(name != token and _entries.alive(self.path / name) for name in others)
 
     def _give_back(self, token: str) -> bool:
         """Rename a base back; False: another one has its name, or it is gone."""
         try:
-            _fs.rename(self.path / token, self._bases / image_of(token))
+            _fs.rename(self.path / token, self._bases / _image_of(token))
         except OSError as err:
             if err.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                 raise
@@ -166,7 +166,7 @@ class Trash:
             held.release()
 
 
-def image_of(token: str) -> str:
+def _image_of(token: str) -> str:
     """The image id in the name of an entry."""
     return token.rpartition(".")[0]
 
