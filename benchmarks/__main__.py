@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the library beside its peers.")
     parser.add_argument("--quick", action="store_true", help="small images and few rounds: to see that it works")
     parser.add_argument("--only", action="append", choices=list(WORKS), help="this alone; may be given several times")
-    parser.add_argument("--image", action="append", choices=images.COLD, help="cold: this image alone; likewise")
+    parser.add_argument(
+        "--image", action="append", choices=images.COLD, help="cold, rbd-import: this one alone; likewise"
+    )
     parser.add_argument("--rounds", type=int, help="rounds of everything")
     parser.add_argument("--no-peers", action="store_true", help="without Nova and Ironic")
     parser.add_argument("--dir", type=Path, default=REPO / ".work" / "bench", help="images, services, measured roots")

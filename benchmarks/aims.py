@@ -209,7 +209,8 @@ def _ceph(document: Figures) -> Iterator[Aim]:
         yield Aim(work=work, must=ratio(_CLONE), aim="", measured=ratio(times), verdict=verdict)
     for name in cases(document, "rbd-import"):
         if (faster := Case(document, "rbd-import", name).ratio("ours", "tools")) is not None:
-            yield _at_least(f"RBD import {name}, tools / ours", faster, _IMPORT, _IMPORT)
+            way = _slowest(floor_of(document, name, "rbd-import"))
+            yield _at_least(f"RBD import {name}, tools / ours", faster, _IMPORT, _IMPORT, way)
 
 
 def _memory(document: Figures) -> Iterator[Aim]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from benchmarks import images, runner
+from benchmarks.floors import TERMS
 from services import ceph_bindings
 from services import glance as glance_service
 from services.ceph import CephCluster
@@ -126,6 +127,10 @@ class Bench:
         """What the peer needs for it."""
         given = {"what": what, "root": str(root), "endpoint": self.glance.url, **task}
         return runner.measure(f"benchmarks.peers.{name}", given, root, python=runner.python_of(name))
+
+    def terms(self, image: Image) -> tuple[str, ...]:
+        """The physical terms that this image has."""
+        return tuple(term for term in TERMS if term != "decode" or image.disk_format != "raw")
 
     def term(self, name: str, root: Path, image: Image) -> Figures:
         """A physical term for this image."""

@@ -1,4 +1,6 @@
-"""The least that a cold run can take: the slowest of four physical terms, or all the CPU work spread over the cores."""
+"""The least that bringing an image in can take: the slowest of four physical terms, or all the CPU work spread over
+the cores.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,9 @@ class Floor:
     cpu: float
 
 
-def floor_of(document: Figures, case: str) -> Floor | None:
-    """The floor of one image's cold runs, None: not measured."""
-    samples = document["works"].get("cold", {}).get(case, {})
+def floor_of(document: Figures, case: str, work: str = "cold") -> Floor | None:
+    """The floor of one image's runs, None: not measured."""
+    samples = document["works"].get(work, {}).get(case, {})
     cores = document["machine"]["cores"]
     rounds = []
     for number, ours in enumerate(samples.get("ours", [])):

@@ -89,7 +89,7 @@ def write(task: Figures) -> Figures:
         target = os.open(task["target"], os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         os.ftruncate(target, os.fstat(source).st_size)
     written = 0
-    for start, end in _extents(source):
+    for start, end in extents(source):
         for offset in range(start, end, _PIECE):
             count = os.preadv(source, [buffer[: min(_PIECE, end - offset)]], offset)
             with watch:
@@ -103,7 +103,8 @@ def write(task: Figures) -> Figures:
     return {"seconds": watch.seconds, "written": written}
 
 
-def _extents(file: int) -> Iterator[tuple[int, int]]:
+def extents(file: int) -> Iterator[tuple[int, int]]:
+    """Where an open file has data: first byte, and the one after the last."""
     size = os.fstat(file).st_size
     position = 0
     while position < size:

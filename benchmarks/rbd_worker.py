@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import http.client
+import os
 import subprocess
+import threading
 import time
 import urllib.parse
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import meter
+from benchmarks.physical import extents
 from benchmarks.worker import open_cache
 from nova_imagecache import RbdLocation
 from services.ceph_bindings import bindings
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from benchmarks.meter import Figures
 
 _PIECE = 4 * 2**20
+_IN_FLIGHT = 8
 _POOL, _USER = "vms", "nova"
 
 
@@ -54,6 +58,43 @@ def bare_clone(task: Figures) -> Figures:
     return {**costs.figures, **meter.spread(whole), "clone_and_resize": meter.spread(short)}
 
 
+def bare_write(task: Figures) -> Figures:
+    """Seconds of making an image, writing the data of the raw file ``raw`` with eight writes in flight, and a flush;
+    reading them is not counted."""
+    rados, rbd = bindings()
+    file = os.open(task["raw"], os.O_RDONLY)
+    parts = [
+        (offset, os.pread(file, min(_PIECE - offset % _PIECE, end - offset), offset))
+        for start, end in extents(file)
+        for offset in (start, *range(start - start % _PIECE + _PIECE, end, _PIECE))  # no write is in two objects
+    ]
+    size = os.fstat(file).st_size
+    os.close(file)
+    slots, codes = threading.BoundedSemaphore(_IN_FLIGHT), set()
+
+    def ended(completion: Any) -> None:
+        codes.add(completion.get_return_value())
+        slots.release()
+
+    cluster = rados.Rados(conffile=task["conf"], name=f"client.{_USER}")
+    cluster.connect()
+    with cluster.open_ioctx(_POOL) as pool:
+        meter.ready()
+        with meter.Meter() as costs:
+            rbd.RBD().create(pool, "written", size, old_format=False)
+            with rbd.Image(pool, "written") as image:
+                for offset, data in parts:
+                    slots.acquire()
+                    image.aio_write(data, offset, ended)
+                for _ in range(_IN_FLIGHT):
+                    slots.acquire()
+                image.flush()
+    cluster.shutdown()
+    if codes - {0}:
+        raise SystemExit(f"writes failed: {codes}")
+    return {**costs.figures, "written": sum(len(data) for _, data in parts)}
+
+
 def tools_import(task: Figures) -> Figures:
     """Download to a file, ``qemu-img convert`` to raw, ``rbd import``, a snapshot: what a base needs, by hand."""
     url = urllib.parse.urlsplit(task["url"])
@@ -81,7 +122,7 @@ def tools_import(task: Figures) -> Figures:
     return costs.figures
 
 
-_WORK = {"bare_clone": bare_clone, "tools_import": tools_import}
+_WORK = {"bare_clone": bare_clone, "bare_write": bare_write, "tools_import": tools_import}
 
 
 def main() -> None:

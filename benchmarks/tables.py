@@ -54,11 +54,12 @@ def floors(document: Figures) -> str:
     """The four terms of the same rounds, the CPU seconds of all processes over the cores, and how far we are above."""
     head = ["image", *TERMS, "CPU / cores", "floor", "ours", "ours / floor"]
     rows = []
-    for name in cases(document, "cold"):
-        if found := floor_of(document, name):
-            terms = [seconds(found.terms.get(term)) for term in TERMS]
-            last = [seconds(found.cpu), found.slowest, seconds(found.seconds), ratio(found.times)]
-            rows.append([name, *terms, *last])
+    for work, title in (("cold", "{}"), ("rbd-import", "{} into Ceph")):
+        for name in cases(document, work):
+            if found := floor_of(document, name, work):
+                terms = [seconds(found.terms.get(term)) for term in TERMS]
+                last = [seconds(found.cpu), found.slowest, seconds(found.seconds), ratio(found.times)]
+                rows.append([title.format(name), *terms, *last])
     return table(head, rows)
 
 

@@ -1,22 +1,29 @@
-"""Root disks in Ceph: a clone beside the bare calls of librbd, an import beside the tools that operators use."""
+"""Ceph: root disks beside the bare calls of librbd; images that are brought in, beside the tools that operators use and
+the physical terms.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks import runner
 from benchmarks.bench import Bench, Sample
+from benchmarks.floors import TERMS
 from benchmarks.scale import GIB
+from benchmarks.works.cold import SHORT
 from harness import rbd as in_ceph
 from services.glance import ADMIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
+    from benchmarks.images import Image
     from benchmarks.meter import Figures
 
 _SIZE = 20 * GIB
 _WORKER = "benchmarks.rbd_worker"
+_IMPORTS = {"qcow2", "qcow2-zlib", "small"}
 
 
 def _storage(bench: Bench) -> Figures:
@@ -42,17 +49,22 @@ def rbd_clone(bench: Bench, number: int) -> Iterator[Sample]:
 
 def rbd_import(bench: Bench, number: int) -> Iterator[Sample]:
     """An image that is not in the cluster becomes a base in it; beside download, qemu-img convert and rbd import."""
-    for name in ("qcow2", "qcow2-zlib", "small"):
-        turns = ["ours", "tools"]
-        for who in reversed(turns) if number % 2 else turns:
-            in_ceph.empty(bench.ceph)
-            with runner.fresh(bench.dir) as root:
-                yield Sample(case=name, who=who, figures=_import(bench, who, name, root))
+    for name in sorted(_IMPORTS & {*bench.cold}):
+        image, times = bench.served(name), SHORT.get(name, 1)
+        for turn in range(number * times, (number + 1) * times):
+            turns = ["ours", "tools"]
+            for who in [*(reversed(turns) if turn % 2 else turns), *bench.terms(image)]:
+                in_ceph.empty(bench.ceph)
+                with runner.fresh(bench.dir) as root:
+                    yield Sample(case=name, who=who, figures=_import(bench, who, image, root))
     in_ceph.empty(bench.ceph)
 
 
-def _import(bench: Bench, who: str, name: str, root: Any) -> Figures:
-    image = bench.served(name)
+def _import(bench: Bench, who: str, image: Image, root: Path) -> Figures:
+    if who == "write":
+        return runner.measure(_WORKER, {"what": "bare_write", "conf": str(bench.ceph.conf), "raw": image.raw}, root)
+    if who in TERMS:
+        return bench.term(who, root, image)
     if who == "ours":
         config = bench.config(root, **_storage(bench))
         warm_up = bench.served("tiny").image_id

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from benchmarks.images import Image
     from benchmarks.meter import Figures
 
-TERMS = ("download", "hash", "decode", "write")
 _SIZE = 20 * GIB
 _SPARSE_ROUNDS = 3
 """Rounds of the largest image, whose peers write gigabytes of zeros."""
+
+SHORT = {"small": 3}
+"""How often an image is measured in a round, if more than once: one turn of so short a time tells little."""
 
 
 def cold(bench: Bench, number: int) -> Iterator[Sample]:
@@ -27,16 +29,19 @@ def cold(bench: Bench, number: int) -> Iterator[Sample]:
     for name in bench.cold:
         if name == "sparse" and number >= _SPARSE_ROUNDS:
             continue
-        image = bench.served(name)
-        turns = [("ours", _ours), *((peer, _PEERS[peer]) for peer in bench.peers)]
-        for who, work in reversed(turns) if number % 2 else turns:
-            with runner.fresh(bench.dir) as root:
-                yield Sample(case=name, who=who, figures=work(bench, image, root))
-        for term in TERMS:
-            if term == "decode" and image.disk_format == "raw":
-                continue
-            with runner.fresh(bench.dir) as root:
-                yield Sample(case=name, who=term, figures=bench.term(term, root, image))
+        times = SHORT.get(name, 1)
+        for turn in range(number * times, (number + 1) * times):
+            yield from _turn(bench, bench.served(name), turn)
+
+
+def _turn(bench: Bench, image: Image, turn: int) -> Iterator[Sample]:
+    everybody = [("ours", _ours), *((peer, _PEERS[peer]) for peer in bench.peers)]
+    for who, work in reversed(everybody) if turn % 2 else everybody:
+        with runner.fresh(bench.dir) as root:
+            yield Sample(case=image.name, who=who, figures=work(bench, image, root))
+    for term in bench.terms(image):
+        with runner.fresh(bench.dir) as root:
+            yield Sample(case=image.name, who=term, figures=bench.term(term, root, image))
 
 
 def _ours(bench: Bench, image: Image, root: Path) -> Figures:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from services import ceph_bindings
 from services import glance as glance_service
 from services.require import require
 
@@ -56,3 +57,19 @@ def test_what_needs_glance(tmp_path: Path) -> None:
     assert case["ours"][0]["base_allocated"] <= case["write"][0]["written"] * 1.02 + 2**20
     assert all(one["ours"][0]["downloads"] == 1 for one in figures["works"]["crowd"].values())
     assert "ours / floor" in said
+
+
+@pytest.mark.services
+def test_what_needs_ceph(tmp_path: Path) -> None:
+    """An import is measured beside the tools and the physical terms, a short one thrice; a clone beside librbd."""
+    require(glance_service.missing())
+    require(ceph_bindings.missing())
+    figures, said = _run(tmp_path, "--only=rbd-import", "--only=rbd-clone", "--image=small")
+    assert set(figures["works"]["rbd-import"]) == {"small"}
+    case = figures["works"]["rbd-import"]["small"]
+    assert set(case) == {"ours", "tools", "download", "hash", "decode", "write"}
+    assert len(case["ours"]) == len(case["write"]) == 3
+    assert case["write"][0]["written"] >= 8 * 2**20
+    assert case["write"][0]["cpu_servers"] > 0, "Ceph's CPU time counts"
+    assert set(figures["works"]["rbd-clone"]["clone"]) == {"ours", "librbd"}
+    assert "| small into Ceph |" in said
