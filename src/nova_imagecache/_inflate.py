@@ -24,7 +24,7 @@ class PackedError(ValueError):
 
 
 def unpacker(compression: Literal["zlib", "zstd"], cluster_size: int) -> Callable[[bytes | bytearray], bytes]:
-    """A function that unpacks one cluster, by any thread at once; what follows the packed bytes is ignored.
+    """A function that unpacks one cluster, by one thread at a time; what follows the packed bytes is ignored.
 
     Raises:
         PackedError: by this call, the compression needs a library that is not installed; by the function, its argument
@@ -60,9 +60,10 @@ def _zstd(cluster_size: int) -> Callable[[bytes | bytearray], bytes]:
     except ImportError:
         raise PackedError("zstd, and the package zstandard is not installed") from None
 
+    frames = zstandard.ZstdDecompressor(max_window_size=max(_ZSTD_WINDOW, cluster_size))
+
     def unpack(packed: bytes | bytearray) -> bytes:
         try:
-            frames = zstandard.ZstdDecompressor(max_window_size=max(_ZSTD_WINDOW, cluster_size))
             data: bytes = frames.stream_reader(packed, read_across_frames=False).read(cluster_size)
         except zstandard.ZstdError as err:
             raise PackedError(f"a compressed cluster is damaged: {err}") from err

@@ -146,12 +146,14 @@ class Qcow2Placer:
         self._step = _STEP
         self._size = header.virtual_size
         self._cluster = header.cluster_size
+        self._compression = header.compression or "zlib"
         try:
-            self._unpack = unpacker(header.compression or "zlib", header.cluster_size)
+            unpacker(self._compression, self._cluster)
         except PackedError as err:
             raise SurpriseError(str(err)) from err
         self._threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
         self._pool: ThreadPoolExecutor | None = None
+        self._own = threading.local()  # each of its threads' own
         self._batch: list[Plain | Packed] = []
         self._weight = 0  # of the batch, in bytes of the guest
         self._batches: deque[Future[None]] = deque()
@@ -225,7 +227,7 @@ class Qcow2Placer:
         self._weight += len(found.data) if isinstance(found, Plain) else self._cluster
         if self._weight >= _BATCH:
             self._submit()
-        while len(self._batches) > 2 * self._threads or (self._batches and self._batches[0].done()):
+        while len(self._batches) > self._threads + 1 or (self._batches and self._batches[0].done()):
             self._settle_first()
 
     def _submit(self) -> None:
@@ -234,21 +236,8 @@ class Qcow2Placer:
                 from concurrent.futures import ThreadPoolExecutor
 
                 self._pool = ThreadPoolExecutor(self._threads, "unpack")
-            self._batches.append(self._pool.submit(self._place, self._batch))
+            self._batches.append(self._pool.submit(self._place, self._batch, self._weight))
             self._batch, self._weight = [], 0
-
-    def _place(self, batch: list[Plain | Packed]) -> None:
-        """Unpack the clusters and place them, neighbours in one piece and in order, as far as one batch goes."""
-        runs: list[tuple[int, list[bytes | memoryview]]] = []
-        end = -1
-        for found in sorted(batch, key=lambda found: found.guest):
-            data = found.data if isinstance(found, Plain) else self._unpack(found.data)
-            if found.guest != end:
-                runs.append((found.guest, []))
-            runs[-1][1].append(data)
-            end = found.guest + len(data)
-        for guest, parts in runs:
-            self._placer.put(guest, memoryview(b"".join(parts))[: self._size - guest])
 
     def _settle_first(self) -> None:
         self._check()
@@ -256,3 +245,31 @@ class Qcow2Placer:
             self._batches.popleft().result()
         except PackedError as err:
             raise SurpriseError(str(err)) from err
+
+    # --- in the pool's threads
+
+    def _place(self, batch: list[Plain | Packed], weight: int) -> None:
+        """Unpack the clusters and place them, neighbours in one piece and in order, as far as one batch goes."""
+        unpack, buffer = self._tools(weight)
+        start = end = 0  # of the guest's bytes that wait in the buffer
+        for found in sorted(batch, key=lambda found: found.guest):
+            data = found.data if isinstance(found, Plain) else unpack(found.data)
+            if found.guest != end:
+                self._put(start, buffer[: end - start])
+                start = end = found.guest
+            buffer[end - start : end - start + len(data)] = data
+            end += len(data)
+        self._put(start, buffer[: end - start])
+
+    def _tools(self, room: int) -> tuple[Callable[[bytes | bytearray], bytes], memoryview]:
+        """The thread's own unpacker, and its buffer of so many bytes at least: both cost more to make than to use."""
+        own = self._own
+        if not hasattr(own, "unpack"):
+            own.unpack, own.buffer = unpacker(self._compression, self._cluster), _extents.blank(_BATCH + self._cluster)
+        if len(own.buffer) < room:
+            own.buffer = _extents.blank(room)
+        return own.unpack, own.buffer
+
+    def _put(self, guest: int, data: memoryview) -> None:
+        if data:
+            self._placer.put(guest, data[: self._size - guest])

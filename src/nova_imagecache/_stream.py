@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from nova_imagecache._models import ImageInfo
 
 MIB = 1 << 20
-PIECE = 4 * MIB
-"""Twice the largest cluster of a qcow2 file, so that a piece holds whole ones."""
+PIECE = 2 * MIB
+"""The largest cluster of a qcow2 file, so that a piece holds whole ones."""
 
-_RING = 5
+_RING = 8
 _AT_ONCE = 256 * 1024
 """Bytes asked for at once: what a break in the middle of them loses."""
 
@@ -48,7 +48,7 @@ _Item = _Filled | BaseException | None
 
 
 class Stream:
-    """The image's bytes as pieces of 4 MiB (the last may be shorter); iterate inside the context.
+    """The image's bytes as pieces of 2 MiB (the last may be shorter); iterate inside the context.
 
     A piece is the caller's until it asks for the next one. ``look`` is called in the reading thread with all bytes, as
     they come, at most 256 KiB at a time; what it raises ends the stream. ``check`` is called before every piece and ten
