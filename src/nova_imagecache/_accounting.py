@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nova_imagecache._config import CacheConfig
-    from nova_imagecache._guard import GuardedBackend, GuardedSource
+    from nova_imagecache._guard import GuardedBackend
+    from nova_imagecache._guard_source import GuardedSource
     from nova_imagecache._layout import Root
     from nova_imagecache._removal import Remover
     from nova_imagecache.backends import BackendPaths

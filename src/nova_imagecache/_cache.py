@@ -320,7 +320,7 @@ class ImageCache:
         """
         base = self._find(image_id)
         if base is None:
-            raise self._engine.missing(image_id)
+            raise self._engine.mender.missing(image_id)
         return base
 
     def _find(self, image_id: str) -> BaseImage | None:
@@ -369,8 +369,8 @@ class ImageCache:
         _args.cancel(cancel)
         base = self._find(image_id)
         if base is None:
-            raise self._engine.missing(image_id, BaseCorruptError)
-        return self._engine.verify(base, cancel)
+            raise self._engine.mender.missing(image_id, BaseCorruptError)
+        return self._engine.mender.verify(base, cancel)
 
     def repair_base(self, image_id: str, *, cancel: threading.Event | None = None) -> bool:
         """Make a base that a hypervisor took over this user's again, so that disks can link it; whether it was needed.
@@ -384,7 +384,7 @@ class ImageCache:
         """
         _args.image_id(image_id)
         _args.cancel(cancel)
-        return self._engine.repair(image_id, cancel)
+        return self._engine.mender.repair(image_id, cancel)
 
     # --- bases go
 
@@ -396,7 +396,7 @@ class ImageCache:
         """
         _args.image_id(image_id)
         self._engine.root.prepare()
-        base = self._engine.removable(image_id)
+        base = self._engine.mender.removable(image_id)
         with self._engine.remover.wait_lock(image_id):
             retired = self._engine.remover.retire(base)
         self._engine.backend.purge_base(retired)

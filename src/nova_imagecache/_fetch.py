@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from nova_imagecache._config import CacheConfig
     from nova_imagecache._flight import Leader
-    from nova_imagecache._guard import GuardedBackend, GuardedSource
+    from nova_imagecache._guard import GuardedBackend
+    from nova_imagecache._guard_source import GuardedSource
     from nova_imagecache._keeper import Keeper
     from nova_imagecache._layout import Root
     from nova_imagecache._models import BaseImage, Digest, ImageInfo

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nova_imagecache._admission import Request
-    from nova_imagecache._guard import GuardedSource
+    from nova_imagecache._guard_source import GuardedSource
     from nova_imagecache._models import Extent
     from nova_imagecache._watch import Watch
     from nova_imagecache.backends import BaseWriter
@@ -100,7 +100,7 @@ class Ingest:
             CancelledError, DeadlineError.
         """
         if self._pass.inspector.disk_format == self._request.base_format:
-            self._store(writer.write_at)
+            self._store(writer)
             length = self._pass.total
             writer.set_size(length)
             virtual_size, made_by = self._pass.inspector.virtual_size or round_up(length), "stored"
@@ -134,10 +134,13 @@ class Ingest:
             check=lambda: self._watch.check("fetch"),
         )
 
-    def _store(self, write_at: Callable[[int, memoryview], None]) -> None:
+    def _store(self, writer: BaseWriter) -> None:
         """Write the whole stream as it comes, holes for zeros."""
         with self._stream() as stream:
-            self._write_pieces(stream, write_at)
+            if self._image.size is not None:  # beside the first read; storage may take time to grow
+                with self._storable(self._image.size):
+                    writer.set_size(self._image.size)
+            self._write_pieces(stream, writer.write_at)
             self._verify(stream)
 
     def _write_pieces(self, pieces: Iterable[memoryview], write_at: Callable[[int, memoryview], None]) -> None:
@@ -221,13 +224,12 @@ class Ingest:
             except (SurpriseError, _qcow2.Qcow2Error) as err:
                 self._download_and_convert(stream, chain([first], pieces), scratch, writer)
                 return f"{_CONVERTED}: {err}"
-            with self._storable(header.virtual_size), decoding:
+            self._size = header.virtual_size
+            with self._storable(self._size), decoding:
+                writer.set_size(self._size)
                 for piece in chain([first], pieces):
                     decoding.feed(piece)
                 decoding.finish()
-        self._size = header.virtual_size
-        with self._storable(self._size):
-            writer.set_size(self._size)
         sums = placer.sums(check=lambda: self._watch.check("checksums"))
         if sums is not None:
             writer.write_sums(sums)

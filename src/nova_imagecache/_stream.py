@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
-    from nova_imagecache._guard import GuardedSource
+    from nova_imagecache._guard_source import GuardedSource
     from nova_imagecache._models import ImageInfo
 
 MIB = 1 << 20

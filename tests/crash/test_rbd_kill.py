@@ -17,7 +17,7 @@ from harness import rbd as pool
 from harness.images import raw
 from nova_imagecache import CacheConfig, ImageCache
 from nova_imagecache.backends import Retired, _rados, _rbd_going
-from nova_imagecache.backends._rbd_store import RETIRED
+from nova_imagecache.backends._rbd_names import RETIRED
 from nova_imagecache.backends.rbd import RbdBackend
 from nova_imagecache.testing import FakeSource
 from services import ceph_bindings

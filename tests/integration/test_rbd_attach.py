@@ -23,7 +23,7 @@ from nova_imagecache import (
 )
 from nova_imagecache.backends import _rados, _rbd_attach, _rbd_look
 from nova_imagecache.backends._rbd_disks import RbdDisks
-from nova_imagecache.backends._rbd_store import GOING
+from nova_imagecache.backends._rbd_names import GOING
 from nova_imagecache.backends.rbd import RbdBackend
 from nova_imagecache.testing import FakeSource
 from services.ceph import CephCluster

@@ -26,7 +26,7 @@ from nova_imagecache import (
     UsersUnknownError,
 )
 from nova_imagecache.backends import _rbd_look, _rbd_store
-from nova_imagecache.backends._rbd_store import DAMAGED, LAST_USED, SUMS, UNUSED_SINCE
+from nova_imagecache.backends._rbd_names import DAMAGED, LAST_USED, SUMS, UNUSED_SINCE
 from nova_imagecache.backends.rbd import RbdBackend
 from nova_imagecache.exceptions import BaseCorruptError, BaseInUseError, BasePinnedError, DiskInUseError
 from nova_imagecache.testing import FakeSource, FaultPlan

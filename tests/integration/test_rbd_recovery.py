@@ -17,7 +17,7 @@ from harness.images import raw
 from nova_imagecache import BackendError, CacheConfig, ImageCache
 from nova_imagecache.backends import _rados, _rbd_going, _rbd_owner
 from nova_imagecache.backends._rados_errors import BusyError, NotThereError
-from nova_imagecache.backends._rbd_store import GOING, RECORD
+from nova_imagecache.backends._rbd_names import GOING, RECORD
 from nova_imagecache.backends.rbd import RbdBackend
 from nova_imagecache.testing import FakeSource
 from services.ceph import CephCluster

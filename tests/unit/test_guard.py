@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from nova_imagecache import BackendPaths, CacheConfig, ImageCache
-from nova_imagecache._guard import GuardedBackend, GuardedSource, GuardedWriter
+from nova_imagecache._guard import GuardedBackend, GuardedWriter
+from nova_imagecache._guard_source import GuardedSource
 from nova_imagecache._models import BaseImage, BaseRecord, FileLocation, ImageInfo, Retired
 from nova_imagecache.backends import Backend, BackendProperties, BaseWriter
 from nova_imagecache.backends.file import FileBackend

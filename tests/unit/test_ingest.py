@@ -22,7 +22,7 @@ from harness import qcow2
 from harness.images import bomb
 from nova_imagecache import _exec, _fs, _sums
 from nova_imagecache._admission import Request, admit_metadata, base_format
-from nova_imagecache._guard import GuardedSource
+from nova_imagecache._guard_source import GuardedSource
 from nova_imagecache._ingest import Ingest
 from nova_imagecache._inspect import INSPECTOR_VERSION
 from nova_imagecache._models import BaseRecord, Digest, ImageInfo, round_up

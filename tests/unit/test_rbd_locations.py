@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nova_imagecache import ConfigError
-from nova_imagecache.backends import BackendPaths, _rbd_store
+from nova_imagecache.backends import BackendPaths, _rbd_names
 from nova_imagecache.backends._rbd_locations import Place, UnusableError, in_cluster, parse, shown
 from nova_imagecache.backends.rbd import RbdBackend
 from nova_imagecache.exceptions import InvalidRequestError
@@ -139,4 +139,4 @@ def test_ids_that_read_like_our_own_names_are_refused(prefix: str, tmp_path: Pat
 )
 def test_disk_names_split_at_the_last_underscore(name: str, parts: tuple[str, str] | None) -> None:
     """A disk's own name has no underscore; an id may have several."""
-    assert _rbd_store.split_disk_name(name) == parts
+    assert _rbd_names.split_disk_name(name) == parts

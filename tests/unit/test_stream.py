@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from harness.waiting import until
-from nova_imagecache._guard import GuardedSource
+from nova_imagecache._guard_source import GuardedSource
 from nova_imagecache._models import ImageInfo
 from nova_imagecache._stream import _RING, MIB, PIECE, Stream
 from nova_imagecache.exceptions import SourceUnavailableError

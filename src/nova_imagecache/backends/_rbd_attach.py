@@ -19,7 +19,7 @@ from nova_imagecache.backends import (
 )
 from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError, error_of
 from nova_imagecache.backends._rbd_disks import RbdDisks
-from nova_imagecache.backends._rbd_store import disk_name
+from nova_imagecache.backends._rbd_names import disk_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

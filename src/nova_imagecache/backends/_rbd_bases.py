@@ -26,9 +26,7 @@ from nova_imagecache.backends._rados_errors import (
     NotThereError,
 )
 from nova_imagecache.backends._rbd_adopted import TOUCH_INTERVAL
-from nova_imagecache.backends._rbd_owner import is_unfinished
-from nova_imagecache.backends._rbd_retired import RetirableBases, is_record, seconds
-from nova_imagecache.backends._rbd_store import (
+from nova_imagecache.backends._rbd_names import (
     BASE,
     DAMAGED,
     LAST_USED,
@@ -38,6 +36,8 @@ from nova_imagecache.backends._rbd_store import (
     UNUSED_SINCE,
     base_name,
 )
+from nova_imagecache.backends._rbd_owner import is_unfinished
+from nova_imagecache.backends._rbd_retired import RetirableBases, is_record, seconds
 from nova_imagecache.backends._rbd_writer import RbdWriter
 from nova_imagecache.exceptions import ImageRejectedError
 

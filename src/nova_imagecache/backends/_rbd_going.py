@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from nova_imagecache.backends import BackendError, _rados, _rbd_look
 from nova_imagecache.backends._rados_errors import BusyError, NotThereError, SnapshotsError
-from nova_imagecache.backends._rbd_store import DELAY, GOING
+from nova_imagecache.backends._rbd_names import GOING
+from nova_imagecache.backends._rbd_store import DELAY
 
 if TYPE_CHECKING:
     from nova_imagecache.backends._rados import Ioctx

@@ -24,19 +24,10 @@ from nova_imagecache.backends import (
 from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError
 from nova_imagecache.backends._rbd_attach import AttachableDisks
 from nova_imagecache.backends._rbd_look import Trashed
+from nova_imagecache.backends._rbd_names import BASE, DAMAGED, FINAL, GOING, RECORD, RETIRED, SNAPSHOT, split_disk_name
 from nova_imagecache.backends._rbd_owner import is_sign, is_unfinished
 from nova_imagecache.backends._rbd_retired import TRASH
-from nova_imagecache.backends._rbd_store import (
-    BASE,
-    DAMAGED,
-    DELAY,
-    FINAL,
-    GOING,
-    RECORD,
-    RETIRED,
-    SNAPSHOT,
-    split_disk_name,
-)
+from nova_imagecache.backends._rbd_store import DELAY
 from nova_imagecache.exceptions import BaseInUseError
 
 if TYPE_CHECKING:

@@ -24,18 +24,18 @@ from nova_imagecache.backends import (
 )
 from nova_imagecache.backends._rados_errors import BusyError, ForbiddenError, NotThereError, SnapshotsError
 from nova_imagecache.backends._rbd_adopted import Adopted
-from nova_imagecache.backends._rbd_options import RbdOptions
-from nova_imagecache.backends._rbd_owner import STAGING
-from nova_imagecache.backends._rbd_store import (
+from nova_imagecache.backends._rbd_names import (
     DAMAGED,
     LAST_USED,
     RECORD,
     RETIRED,
     SNAPSHOT,
-    Store,
     base_name,
     split_disk_name,
 )
+from nova_imagecache.backends._rbd_options import RbdOptions
+from nova_imagecache.backends._rbd_owner import STAGING
+from nova_imagecache.backends._rbd_store import Store
 from nova_imagecache.exceptions import BaseInUseError, NoSpaceError
 
 if TYPE_CHECKING:

@@ -1,13 +1,5 @@
 """What is in the pool, and how a thing there becomes visible in one step or goes without a trace.
 
-::
-
-    <pool>/base.<image-id>@base              a base; its record and marks are in the image's metadata
-           <disk-id>_<name>                  a root disk; its record likewise
-           staging.<image-id>.<token><random>, staging.<disk-id>_<name>.<token><random>    unfinished
-           staging._owner.<token>            a process's sign of life
-           (trash)                           retired bases; disks on their way out; things in the middle of publishing
-
 Publishing is trash_move of the staging name, then trash_restore under the final one: of several exactly one wins, the
 others are told that the name exists, and a redo completes every half state that a crash leaves. ``rename`` does not.
 """
@@ -24,9 +16,10 @@ from typing import TYPE_CHECKING, TypeVar
 from nova_imagecache.backends import RbdLocation, _rados, _rados_claims, _rbd_look, _rbd_room
 from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError, UnfinishedError
 from nova_imagecache.backends._rbd_connection import Address, Connection, hold, release
+from nova_imagecache.backends._rbd_names import BASE, FINAL, SUMS
 from nova_imagecache.backends._rbd_options import FEATURES, LAYERING, RbdOptions
 from nova_imagecache.backends._rbd_owner import Owner, is_unfinished
-from nova_imagecache.exceptions import BackendUnavailableError, InvalidRequestError
+from nova_imagecache.exceptions import BackendUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,26 +28,12 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-BASE = "base."
-SNAPSHOT = "base"
-RECORD = "nova_imagecache.base"
-LAST_USED = "nova_imagecache.last-used"
-UNUSED_SINCE = "nova_imagecache.unused-since"
-DAMAGED = "nova_imagecache.damaged"
-DISK = "nova_imagecache.disk"
-FINAL = "nova_imagecache.final"
-GOING = "nova_imagecache.going"
-RETIRED = "nova_imagecache.retired"
-SUMS = "nova_imagecache.sums."
-
 DELAY = 86400
 """Seconds for which a purge of the pool's trash by somebody else leaves alone what passes through it."""
 
 _CLAIM_SECONDS = 10
 _ASK_AGAIN = 60.0
 """Seconds for which the monitors' answer is good that tells the format of clones."""
-
-_RESERVED = (BASE, "staging.", "trash.")
 
 
 class Store:
@@ -337,31 +316,3 @@ class Store:
                     raise
             time.sleep(pause)
             pause = min(pause * 2, 2.0)
-
-
-def checked(value: str, what: str) -> str:
-    """An image or disk id, unless it begins like a name that is ours.
-
-    Raises:
-        InvalidRequestError: it does.
-    """
-    if value.startswith(_RESERVED):
-        todo = f"Use an id that does not begin with {', '.join(_RESERVED)}"
-        raise InvalidRequestError(f"{what} {value!r} cannot be used on RBD", stage="arguments", todo=todo)
-    return value
-
-
-def base_name(image_id: str) -> str:
-    """The name of an image's base."""
-    return BASE + checked(image_id, "image id")
-
-
-def disk_name(disk_id: str, name: str) -> str:
-    """The name of a root disk."""
-    return f"{checked(disk_id, 'disk id')}_{name}"
-
-
-def split_disk_name(image_name: str) -> tuple[str, str] | None:
-    """(disk id, name) of a root disk's name, None: it is none. A disk's own name has no underscore."""
-    disk_id, found, name = image_name.rpartition("_")
-    return (disk_id, name) if found and disk_id and name and not image_name.startswith(_RESERVED) else None

@@ -19,7 +19,7 @@ from nova_imagecache.backends import (
     _rbd_look,
 )
 from nova_imagecache.backends._rados_errors import ExistsError, StuckError, error_of
-from nova_imagecache.backends._rbd_store import FINAL, LAST_USED, RECORD, SNAPSHOT, SUMS, base_name
+from nova_imagecache.backends._rbd_names import FINAL, LAST_USED, RECORD, SNAPSHOT, SUMS, base_name
 
 if TYPE_CHECKING:
     from nova_imagecache.backends._rbd_bases import RbdBases

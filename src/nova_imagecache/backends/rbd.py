@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from nova_imagecache.backends import BackendError, BackendProperties, Claim, Fact, _rbd_claim, _rbd_look
 from nova_imagecache.backends._rados import bindings
+from nova_imagecache.backends._rbd_names import SNAPSHOT
 from nova_imagecache.backends._rbd_options import FEATURES
 from nova_imagecache.backends._rbd_recovery import RecoverableRbd
-from nova_imagecache.backends._rbd_store import SNAPSHOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
