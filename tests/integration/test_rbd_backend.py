@@ -130,7 +130,7 @@ def test_five_instances_are_one_import_and_five_clones(ceph: CephCluster, tmp_pa
         names = [step.name for step in plan.trace]
         assert source.opens == 1
         assert names.count("rados.clone") == 5
-        # an eighth of each MiB is data: the zeros between are not written. What lies where two pieces meet is two writes
+        # an eighth of each MiB is data: the zeros between are not written. Where pieces meet, a run is two writes
         assert names.count("rados.write") <= 16 + 2
         for disk in disks:
             assert content(ceph, disk) == sample.guest + bytes(4 * MIB)
