@@ -132,6 +132,9 @@ def test_five_instances_are_one_import_and_five_clones(ceph: CephCluster, tmp_pa
         assert names.count("rados.clone") == 5
         # an eighth of each MiB is data: the zeros between are not written. Where pieces meet, a run is two writes
         assert names.count("rados.write") <= 16 + 2
+        imported = names[: names.index("rados.create_snapshot")]
+        assert imported.count("rados.resize") == 1, "it has its size from the beginning"
+        assert imported.index("rados.resize") < imported.index("rados.write")
         for disk in disks:
             assert content(ceph, disk) == sample.guest + bytes(4 * MIB)
         assert parent_of(ceph, "vm-4_disk") == ("vms", "base.img", "base")
