@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from benchmarks.scale import Scale
 
 PEERS = ("nova", "ironic")
+_TURNS = {"small": 3}
+"""How often an image is measured in a round, if more than once: one turn of so short a time tells little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +129,11 @@ class Bench:
         """What the peer needs for it."""
         given = {"what": what, "root": str(root), "endpoint": self.glance.url, **task}
         return runner.measure(f"benchmarks.peers.{name}", given, root, python=runner.python_of(name))
+
+    def turns(self, name: str, number: int) -> range:
+        """The turns of this image in a round; they go on counting from the round before."""
+        times = _TURNS.get(name, 1)
+        return range(number * times, (number + 1) * times)
 
     def terms(self, image: Image) -> tuple[str, ...]:
         """The physical terms that this image has."""

@@ -10,7 +10,6 @@ from benchmarks import runner
 from benchmarks.bench import Bench, Sample
 from benchmarks.floors import TERMS
 from benchmarks.scale import GIB
-from benchmarks.works.cold import SHORT
 from harness import rbd as in_ceph
 from services.glance import ADMIN
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 _SIZE = 20 * GIB
 _WORKER = "benchmarks.rbd_worker"
-_IMPORTS = {"qcow2", "qcow2-zlib", "small"}
+_IMPORTS = ("qcow2", "qcow2-zlib", "small")
 
 
 def _storage(bench: Bench) -> Figures:
@@ -49,14 +48,13 @@ def rbd_clone(bench: Bench, number: int) -> Iterator[Sample]:
 
 def rbd_import(bench: Bench, number: int) -> Iterator[Sample]:
     """An image that is not in the cluster becomes a base in it; beside download, qemu-img convert and rbd import."""
-    for name in sorted(_IMPORTS & {*bench.cold}):
-        image, times = bench.served(name), SHORT.get(name, 1)
-        for turn in range(number * times, (number + 1) * times):
+    for image in [bench.served(name) for name in _IMPORTS if name in bench.cold]:
+        for turn in bench.turns(image.name, number):
             turns = ["ours", "tools"]
             for who in [*(reversed(turns) if turn % 2 else turns), *bench.terms(image)]:
                 in_ceph.empty(bench.ceph)
                 with runner.fresh(bench.dir) as root:
-                    yield Sample(case=name, who=who, figures=_import(bench, who, image, root))
+                    yield Sample(case=image.name, who=who, figures=_import(bench, who, image, root))
     in_ceph.empty(bench.ceph)
 
 

@@ -20,17 +20,13 @@ _SIZE = 20 * GIB
 _SPARSE_ROUNDS = 3
 """Rounds of the largest image, whose peers write gigabytes of zeros."""
 
-SHORT = {"small": 3}
-"""How often an image is measured in a round, if more than once: one turn of so short a time tells little."""
-
 
 def cold(bench: Bench, number: int) -> Iterator[Sample]:
     """Every image by everybody; every second round in the opposite order."""
     for name in bench.cold:
         if name == "sparse" and number >= _SPARSE_ROUNDS:
             continue
-        times = SHORT.get(name, 1)
-        for turn in range(number * times, (number + 1) * times):
+        for turn in bench.turns(name, number):
             yield from _turn(bench, bench.served(name), turn)
 
 
