@@ -144,6 +144,16 @@ def test_time_limits_make_no_second_connection(ceph: CephCluster, tmp_path: Path
     hasty.close()
 
 
+def test_librbd_copies_what_it_writes(ceph: CephCluster, tmp_path: Path, made: list[Any]) -> None:
+    """Whatever the conf says: the writer lets go of the bytes at once."""
+    conf = tmp_path / "ceph.conf"
+    conf.write_text(f"{ceph.conf.read_text()}\n[client]\nrbd_disable_zero_copy_writes = false\n")
+    connection = hold(Address(conf=str(conf), user="nova"), 5)
+    connection.pool("vms")
+    assert made[0].conf_get("rbd_disable_zero_copy_writes") == "true"
+    release(connection)
+
+
 def test_an_image_is_closed_in_turn(ceph: CephCluster) -> None:
     """Librbd may still be at work on one that it says is open: closing waits for it, as it does for any callback."""
     connection = hold(Address(conf=str(ceph.conf), user="nova"), 5)
