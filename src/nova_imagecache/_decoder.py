@@ -51,7 +51,7 @@ _MOST_TABLES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """Bytes of the guest at ``guest``. The buffer is the caller's own piece: use it before the next one is fed."""
+    """Bytes of the guest at ``guest``. Their buffer may be the caller's piece: hold that, or use it before the next."""
 
     guest: int
     data: memoryview

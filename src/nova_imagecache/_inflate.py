@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    Buffer = bytes | bytearray | memoryview
+
 _WINDOW = -15
 """Deflate without a header. QEMU writes with a window of 4 KiB; the largest reads all."""
 
@@ -23,7 +25,7 @@ class PackedError(ValueError):
     """The bytes do not unpack to one cluster."""
 
 
-def unpacker(compression: Literal["zlib", "zstd"], cluster_size: int) -> Callable[[bytes | bytearray], bytes]:
+def unpacker(compression: Literal["zlib", "zstd"], cluster_size: int) -> Callable[[Buffer], bytes]:
     """A function that unpacks one cluster, by one thread at a time; what follows the packed bytes is ignored.
 
     Raises:
@@ -33,7 +35,7 @@ def unpacker(compression: Literal["zlib", "zstd"], cluster_size: int) -> Callabl
     return _zstd(cluster_size) if compression == "zstd" else _deflate(cluster_size)
 
 
-def _deflate(cluster_size: int) -> Callable[[bytes | bytearray], bytes]:
+def _deflate(cluster_size: int) -> Callable[[Buffer], bytes]:
     errors: tuple[type[Exception], ...] = (zlib.error,)
     begin: Callable[[int], Any] = zlib.decompressobj
     try:
@@ -44,7 +46,7 @@ def _deflate(cluster_size: int) -> Callable[[bytes | bytearray], bytes]:
         # its type information takes the class for an instance
         errors, begin = (cast("type[Exception]", isal_zlib.error), zlib.error), isal_zlib.decompressobj
 
-    def unpack(packed: bytes | bytearray) -> bytes:
+    def unpack(packed: Buffer) -> bytes:
         try:
             data: bytes = begin(_WINDOW).decompress(packed, cluster_size)
         except errors as err:
@@ -54,7 +56,7 @@ def _deflate(cluster_size: int) -> Callable[[bytes | bytearray], bytes]:
     return unpack
 
 
-def _zstd(cluster_size: int) -> Callable[[bytes | bytearray], bytes]:
+def _zstd(cluster_size: int) -> Callable[[Buffer], bytes]:
     try:
         import zstandard
     except ImportError:
@@ -62,7 +64,7 @@ def _zstd(cluster_size: int) -> Callable[[bytes | bytearray], bytes]:
 
     frames = zstandard.ZstdDecompressor(max_window_size=max(_ZSTD_WINDOW, cluster_size))
 
-    def unpack(packed: bytes | bytearray) -> bytes:
+    def unpack(packed: Buffer) -> bytes:
         try:
             data: bytes = frames.stream_reader(packed, read_across_frames=False).read(cluster_size)
         except zstandard.ZstdError as err:

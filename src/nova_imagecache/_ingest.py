@@ -217,6 +217,7 @@ class Ingest:
                     self._image.size,
                     placer,
                     spool,
+                    hold=stream.hold,
                     admit=lambda needed: self._request.admit(needed, "conversion", placer.placed),
                     admit_free=lambda needed: self._request.admit_free(needed, "conversion", placer.placed),
                     check=lambda: self._watch.check("fetch"),

@@ -32,10 +32,13 @@ class SurpriseError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A compressed cluster of the guest at ``guest``; ``data`` may go on behind its end."""
+    """A compressed cluster of the guest at ``guest``; ``data`` may go on behind its end.
+
+    The buffer may be the caller's own piece: hold that, or use it before the next one is fed.
+    """
 
     guest: int
-    data: bytes | bytearray
+    data: bytearray | memoryview
 
 
 class PackedClusters:
@@ -57,7 +60,7 @@ class PackedClusters:
             raise SurpriseError("too many compressed clusters far behind their tables")
         heappush(self._ahead, (offset, length, guest))
 
-    def go_on(self, guest: int, data: bytearray, missing: int) -> Iterator[Packed]:
+    def go_on(self, guest: int, data: bytearray | memoryview, missing: int) -> Iterator[Packed]:
         """One whose first bytes are there already."""
         if missing <= 0:
             yield Packed(guest, data)
@@ -65,7 +68,7 @@ class PackedClusters:
             self._held += len(data)
             if self._held > _MOST_BEGUN:
                 raise SurpriseError("too many compressed clusters that lie over one another")
-            self._begun.append((guest, data, missing))
+            self._begun.append((guest, bytearray(data), missing))
 
     def hand_out(self, piece: memoryview, start: int, unnamed: array[int]) -> Iterator[Packed]:
         """Those that end in the piece at ``start``. ``unnamed`` is told, per cluster of the piece, from which sector on
@@ -77,7 +80,7 @@ class PackedClusters:
             yield from self.go_on(guest, head + piece[:missing], missing - len(piece))
         while self._ahead and self._ahead[0][0] < end:
             offset, length, guest = heappop(self._ahead)
-            data = bytearray(piece[offset - start : offset - start + length])
+            data = piece[offset - start : offset - start + length]
             yield from self.go_on(guest, data, length - len(data))
             self._note_unnamed(unnamed, covered - start, offset - start)
             covered = max(covered, offset + length)

@@ -8,21 +8,21 @@ from collections import deque
 from typing import TYPE_CHECKING, Self
 
 from nova_imagecache import _extents, _fs, _sums
+from nova_imagecache._batches import MOST, Batches
 from nova_imagecache._decoder import Decoder, Keep, Plain
 from nova_imagecache._inflate import PackedError, unpacker
 from nova_imagecache._packed import Packed, SurpriseError
+from nova_imagecache._sums import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future, ThreadPoolExecutor
     from pathlib import Path
 
+    from nova_imagecache._batches import Batch
+    from nova_imagecache._inflate import Buffer
     from nova_imagecache._qcow2 import Qcow2Header
     from nova_imagecache.backends import BaseWriter
-
-MIB = 1 << 20
-_BATCH = 2 * MIB
-"""Bytes of the guest that one thread unpacks at a time, and that are then written at once."""
 
 _PART = 4 * MIB
 """A write does not cross a multiple of this: it is an object of Ceph's, and no filesystem is slower for more."""
@@ -113,10 +113,11 @@ class Spool:
 class Qcow2Placer:
     """A qcow2 file on its way into a writer as raw bytes; use it as a context manager.
 
-    ``spool`` takes bytes of the file whose meaning is not known yet. ``admit(bytes)`` is asked before more is placed
-    and kept than the file is long: its tables tell what it unpacks to before it is unpacked. ``admit_free(bytes)`` says
-    whether so much is free and promised now, so that ``admit`` is asked only where little is left. ``check()`` is asked
-    all the time; what it raises ends the work. Compressed clusters are unpacked and placed by threads, in any order.
+    ``spool`` takes bytes of the file whose meaning is not known yet. ``hold()`` has the piece that is fed stay as it is
+    until its answer is called, once and in any thread. ``admit(bytes)`` is asked before more is placed and kept than
+    the file is long: its tables tell what it unpacks to before it is unpacked. ``admit_free(bytes)`` says whether so
+    much is free and promised now, so that ``admit`` is asked only where little is left. ``check()`` is asked all the
+    time; what it raises ends the work. Compressed clusters are unpacked and placed by threads, in any order.
 
     Raises:
         SurpriseError: the header tells that this file cannot be decoded here.
@@ -129,6 +130,7 @@ class Qcow2Placer:
         placer: Placer,
         spool: Spool,
         *,
+        hold: Callable[[], Callable[[], None]],
         admit: Callable[[int], None],
         admit_free: Callable[[int], bool],
         check: Callable[[], None],
@@ -154,9 +156,8 @@ class Qcow2Placer:
         self._threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
         self._pool: ThreadPoolExecutor | None = None
         self._own = threading.local()  # each of its threads' own
-        self._batch: list[Plain | Packed] = []
-        self._weight = 0  # of the batch, in bytes of the guest
-        self._batches: deque[Future[None]] = deque()
+        self._filling = Batches(hold)
+        self._being_placed: deque[Future[None]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -171,6 +172,8 @@ class Qcow2Placer:
         Raises:
             SurpriseError: the file cannot be decoded; what was placed is worth nothing.
         """
+        for batch in self._filling.begin_piece():
+            self._submit(batch)
         for found in self._decoder.feed(piece):
             self._check()
             more = len(found.data) if isinstance(found, Keep) else 0
@@ -179,13 +182,13 @@ class Qcow2Placer:
             if isinstance(found, Keep):
                 self._spool.keep(found.offset, found.data)
                 self._kept += more
-            elif isinstance(found, Plain) and not self._batch and not self._batches:
+            elif isinstance(found, Plain) and not self._filling and not self._being_placed:
                 self._placer.put(found.guest, found.data)
             elif isinstance(found, Plain):
                 # with its neighbours that are being unpacked, so that checksums are made in order
-                self._queue(Plain(found.guest, memoryview(bytes(found.data))))
+                self._queue(found, len(found.data))
             else:
-                self._queue(found)
+                self._queue(found, self._cluster)
 
     def _grow(self, planned: int, kept: int) -> None:
         """Have so many bytes promised, with those that stand there; in long steps, and to the byte where none fits.
@@ -215,57 +218,58 @@ class Qcow2Placer:
             SurpriseError: as ``feed``.
         """
         self._decoder.finish()
-        self._submit()
-        while self._batches:
+        for batch in self._filling.rest():
+            self._submit(batch)
+        while self._being_placed:
             self._settle_first()
 
-    def _queue(self, found: Plain | Packed) -> None:
-        # batches meet where MiBs do, if they can: where two threads have parts of one, it is read back for its checksum
-        if self._weight >= _BATCH // 2 and found.guest // MIB != self._batch[-1].guest // MIB:
-            self._submit()
-        self._batch.append(found)
-        self._weight += len(found.data) if isinstance(found, Plain) else self._cluster
-        if self._weight >= _BATCH:
-            self._submit()
-        while len(self._batches) > self._threads + 1 or (self._batches and self._batches[0].done()):
+    def _queue(self, found: Plain | Packed, weight: int) -> None:
+        if (batch := self._filling.add(found, weight)) is not None:
+            self._submit(batch)
+        while len(self._being_placed) > self._threads + 1 or (self._being_placed and self._being_placed[0].done()):
             self._settle_first()
 
-    def _submit(self) -> None:
-        if self._batch:
-            if self._pool is None:
-                from concurrent.futures import ThreadPoolExecutor
+    def _submit(self, batch: Batch) -> None:
+        if self._pool is None:
+            from concurrent.futures import ThreadPoolExecutor
 
-                self._pool = ThreadPoolExecutor(self._threads, "unpack")
-            self._batches.append(self._pool.submit(self._place, self._batch, self._weight))
-            self._batch, self._weight = [], 0
+            self._pool = ThreadPoolExecutor(self._threads, "unpack")
+        self._being_placed.append(self._pool.submit(self._place, batch))
 
     def _settle_first(self) -> None:
         self._check()
         try:
-            self._batches.popleft().result()
+            self._being_placed.popleft().result()
         except PackedError as err:
             raise SurpriseError(str(err)) from err
 
     # --- in the pool's threads
 
-    def _place(self, batch: list[Plain | Packed], weight: int) -> None:
+    def _place(self, batch: Batch) -> None:
+        try:
+            self._place_found(batch)
+        finally:
+            batch.let_go()
+
+    def _place_found(self, batch: Batch) -> None:
         """Unpack the clusters and place them, neighbours in one piece and in order, as far as one batch goes."""
-        unpack, buffer = self._tools(weight)
+        unpack, buffer = self._tools(batch.weight)
         start = end = 0  # of the guest's bytes that wait in the buffer
-        for found in sorted(batch, key=lambda found: found.guest):
+        for found in sorted(batch.found, key=lambda found: found.guest):
             data = found.data if isinstance(found, Plain) else unpack(found.data)
             if found.guest != end:
                 self._put(start, buffer[: end - start])
                 start = end = found.guest
             buffer[end - start : end - start + len(data)] = data
             end += len(data)
+        batch.let_go()  # before the last is written, which may take long
         self._put(start, buffer[: end - start])
 
-    def _tools(self, room: int) -> tuple[Callable[[bytes | bytearray], bytes], memoryview]:
+    def _tools(self, room: int) -> tuple[Callable[[Buffer], bytes], memoryview]:
         """The thread's own unpacker, and its buffer of so many bytes at least: both cost more to make than to use."""
         own = self._own
         if not hasattr(own, "unpack"):
-            own.unpack, own.buffer = unpacker(self._compression, self._cluster), _extents.blank(_BATCH + self._cluster)
+            own.unpack, own.buffer = unpacker(self._compression, self._cluster), _extents.blank(MOST + self._cluster)
         if len(own.buffer) < room:
             own.buffer = _extents.blank(room)
         return own.unpack, own.buffer

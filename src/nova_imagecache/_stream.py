@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from nova_imagecache import _extents
@@ -41,7 +42,7 @@ class _Filled:
     buffer: memoryview
     length: int
     users: int = 2
-    """Who still needs it: the hash, and the caller."""
+    """Who still need it: the hash, the caller, and whoever holds it."""
 
 
 _Item = _Filled | BaseException | None
@@ -50,10 +51,11 @@ _Item = _Filled | BaseException | None
 class Stream:
     """The image's bytes as pieces of 2 MiB (the last may be shorter); iterate inside the context.
 
-    A piece is the caller's until it asks for the next one. ``look`` is called in the reading thread with all bytes, as
-    they come, at most 256 KiB at a time; what it raises ends the stream. ``check`` is called before every piece and ten
-    times a second while none comes; what it raises ends the waiting: a thread that hangs in its source is left behind,
-    and ends with the source's own read time-out. After the context nothing is looked at any more.
+    A piece is the caller's until it asks for the next one, or longer (``hold``). ``look`` is called in the reading
+    thread with all bytes, as they come, at most 256 KiB at a time; what it raises ends the stream. ``check`` is called
+    before every piece and ten times a second while none comes; what it raises ends the waiting: a thread that hangs in
+    its source is left behind, and ends with the source's own read time-out. After the context nothing is looked at any
+    more.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Stream:
         self._stop = threading.Event()
         self._ring = _extents.blank(_RING * PIECE)
         self._made = 0
+        self._given: _Filled | None = None
         self._threads = [
             threading.Thread(target=target, name=f"{what}-{image.image_id}", daemon=True)
             for what, target in (("fetch", self._fill), ("hash", self._hash))
@@ -122,12 +125,25 @@ class Stream:
                 return
             if isinstance(item, BaseException):
                 raise item
-            with item.buffer[: item.length] as piece:
-                yield piece
+            self._given = item
+            yield item.buffer[: item.length]
+            self._given = None
             self._done(item)
 
+    def hold(self) -> Callable[[], None]:
+        """Let the piece that was given out last stay as it is until the answer is called, once and in any thread.
+
+        While all pieces are held no other comes.
+        """
+        held = self._given
+        if held is None:
+            raise RuntimeError("no piece is given out")
+        with self._mutex:
+            held.users += 1
+        return partial(self._done, held)
+
     def _done(self, item: _Filled) -> None:
-        """One of the two who need it needs it no longer."""
+        """One of those who need it needs it no longer."""
         with self._mutex:
             item.users -= 1
             over = not item.users

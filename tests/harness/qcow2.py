@@ -29,6 +29,8 @@ class Layout:
     version: int = 3
     zstd: bool = False
     seed: int | None = None
+    near: int | None = None
+    """With a seed: the guest's clusters lie in the guest's order, but for so many places at most."""
     tail: int = 0
     """Bytes by which the virtual size is less than whole clusters; a multiple of 512."""
 
@@ -72,7 +74,10 @@ def make(layout: Layout) -> Made:
         runs += [
             ("packed", number, count) for number, count in _bundles([n for n in mine if n in packed], packed, size)
         ]
-    if layout.seed is not None:
+    if layout.near is not None:
+        places = {run: run[1] + rng.random() * layout.near for run in runs if run[0] in ("plain", "packed")}
+        runs.sort(key=lambda run: places.get(run, -1))
+    elif layout.seed is not None:
         rng.shuffle(runs)
     where: dict[tuple[str, int], int] = {}
     end = 1

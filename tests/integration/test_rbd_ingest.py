@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import runner
+from benchmarks.images import write_disk
 from harness import rbd as pool
 from harness.images import Sample, qemu_img
 from nova_imagecache import BaseCorruptError, CacheConfig, ImageCache
@@ -94,6 +97,26 @@ def test_shuffled_clusters_are_summed_right(ceph: CephCluster, tmp_path: Path, m
         with pytest.raises(BaseCorruptError):
             cache.verify_base("img")
     assert pool.leftovers(ceph) == []
+
+
+def test_memory(ceph: CephCluster, tmp_path: Path) -> None:
+    """An import into Ceph takes less than 100 MiB of memory above what importing the bindings took."""
+    write_disk(tmp_path / "raw", 512 * MIB, 192 * MIB, seed="memory")
+    source = tmp_path / "images"
+    source.mkdir()
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", "-c", str(tmp_path / "raw"), str(source / "img.img"))
+    (source / "img.json").write_text(json.dumps({"disk_format": "qcow2"}))
+    config = {
+        "root": str(tmp_path / "root"),
+        "source": "directory",
+        "source_options": {"path": str(source)},
+        "allow_unverified": True,
+        "backend": "rbd",
+        "backend_options": pool.options(ceph),
+    }
+    answer = runner.measure("benchmarks.worker", {"what": "cold", "config": config, "image": "img"}, tmp_path)
+    assert answer["made_by"] == "qcow2 decoder"
+    assert answer["memory_grown"] < 100 * MIB, f"{answer['memory_grown'] / MIB:.0f} MiB"
 
 
 def local_bytes(root: Path) -> int:

@@ -26,6 +26,7 @@ from nova_imagecache._guard_source import GuardedSource
 from nova_imagecache._ingest import Ingest
 from nova_imagecache._inspect import INSPECTOR_VERSION
 from nova_imagecache._models import BaseRecord, Digest, ImageInfo, round_up
+from nova_imagecache._stream import PIECE
 from nova_imagecache._watch import Watch
 from nova_imagecache.backends import BackendPaths, BaseWriter
 from nova_imagecache.backends._writer import FileWriter
@@ -318,25 +319,48 @@ def test_a_table_at_the_end_changes_nothing(bench: Bench) -> None:
     assert (bench.staged.parent / "disk.sums").read_bytes() == sums_of(expected)
 
 
-@pytest.mark.parametrize("kinds", [("plain",), ("packed",), ("packed", "plain", "hole")], ids="-".join)
-def test_clusters_in_any_order_are_summed_right(
-    bench: Bench, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What came in another order than the guest's is read back for its checksums."""
-    read: list[int] = []
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Where bases are read back."""
+    found: list[int] = []
     true_read = FileWriter.read_at
 
     def read_at(self: FileWriter, offset: int, length: int) -> bytes:
-        read.append(offset)
+        found.append(offset)
         return true_read(self, offset, length)
 
     monkeypatch.setattr(FileWriter, "read_at", read_at)
+    return found
+
+
+@pytest.mark.parametrize("kinds", [("plain",), ("packed",), ("packed", "plain", "hole")], ids="-".join)
+def test_clusters_in_any_order_are_summed_right(bench: Bench, kinds: tuple[str, ...], read: list[int]) -> None:
+    """What came in another order than the guest's is read back for its checksums."""
     made = qcow2.make(qcow2.Layout(cluster_bits=16, kinds=kinds * (24 * 16 // len(kinds)), seed=7, tail=512))
     record = bench.run(FakeImage(data=made.file, disk_format="qcow2"))
     assert record.made_by == "qcow2 decoder"
     assert bench.staged.read_bytes() == made.guest
     assert (bench.staged.parent / "disk.sums").read_bytes() == sums_of(made.guest)
     assert len(read) == len(set(read)) > 6
+
+
+def test_clusters_that_were_packed_side_by_side_are_not_read_back(bench: Bench, read: list[int]) -> None:
+    """qemu-img packs many at once and writes what is ready first: a MiB's clusters lie near each other."""
+    kinds = ("packed", "packed", "packed", "hole")
+    made = qcow2.make(qcow2.Layout(cluster_bits=16, kinds=kinds * (24 * 4), seed=7, near=30))
+    assert bench.run(FakeImage(data=made.file, disk_format="qcow2")).made_by == "qcow2 decoder"
+    assert bench.staged.read_bytes() == made.guest
+    assert (bench.staged.parent / "disk.sums").read_bytes() == sums_of(made.guest)
+    assert read == []
+
+
+def test_few_compressed_clusters_far_from_each_other(bench: Bench) -> None:
+    """They wait for neighbours in the pieces that they came in, while the rest of the file takes the same ring."""
+    kinds = ("packed", *("zero-allocated",) * 31)
+    made = qcow2.make(qcow2.Layout(cluster_bits=16, kinds=kinds * 24, seed=3, near=1))
+    assert len(made.file) > 20 * PIECE
+    assert bench.run(FakeImage(data=made.file, disk_format="qcow2")).made_by == "qcow2 decoder"
+    assert bench.staged.read_bytes() == made.guest
 
 
 def test_a_long_plain_run_right_behind_compressed_clusters(bench: Bench) -> None:

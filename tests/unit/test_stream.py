@@ -84,6 +84,38 @@ def test_a_slow_caller_holds_the_source_up() -> None:
         assert pieces.digest("sha256") == hashlib.sha256(data).hexdigest()
 
 
+def test_a_piece_that_is_held_stays_as_it_is() -> None:
+    """While others come and go in the rest of the ring; when all are held none comes before one is let go."""
+    data = DATA * 8
+    pieces_of = [data[at : at + PIECE] for at in range(0, len(data), PIECE)]
+    with stream(source(data)) as pieces:
+        iterator = iter(pieces)
+        kept = [(next(iterator), pieces.hold()) for _ in range(_RING - 1)]
+        assert bytes(next(iterator)) == pieces_of[_RING - 1]
+        assert bytes(next(iterator)) == pieces_of[_RING], "in the only one that is free"
+        assert [bytes(piece) for piece, _ in kept] == pieces_of[: _RING - 1]
+        also = pieces.hold()
+        threading.Timer(0.3, kept[0][1]).start()
+        begun = time.monotonic()
+        assert bytes(next(iterator)) == pieces_of[_RING + 1]
+        assert time.monotonic() - begun > 0.2, "there was none"
+        for _piece, let_go in kept[1:]:
+            let_go()
+        also()
+        assert [bytes(piece) for piece in iterator] == pieces_of[_RING + 2 :]
+
+
+def test_only_a_piece_can_be_held() -> None:
+    """Before the first and after the last there is none."""
+    with stream(source()) as pieces:
+        with pytest.raises(RuntimeError, match="no piece"):
+            pieces.hold()
+        for _piece in pieces:
+            pass
+        with pytest.raises(RuntimeError, match="no piece"):
+            pieces.hold()
+
+
 class SlowHash:
     """Hashes nothing before it is let."""
 
