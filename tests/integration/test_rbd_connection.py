@@ -145,7 +145,7 @@ def test_time_limits_make_no_second_connection(ceph: CephCluster, tmp_path: Path
 
 
 def test_librbd_copies_what_it_writes(ceph: CephCluster, tmp_path: Path, made: list[Any]) -> None:
-    """Whatever the conf says: the writer lets go of the bytes at once."""
+    """Whatever the conf says: without a copy a write to a dead OSD does not end at its time limit."""
     conf = tmp_path / "ceph.conf"
     conf.write_text(f"{ceph.conf.read_text()}\n[client]\nrbd_disable_zero_copy_writes = false\n")
     connection = hold(Address(conf=str(conf), user="nova"), 5)

@@ -177,9 +177,14 @@ def resize(image: Any, size: int, *, shrink: bool = False) -> None:
 
 
 def write(image: Any, offset: int, data: bytes, done: Callable[[int], None]) -> None:
-    """Start writing; ``done`` is called with 0 or a negative errno from a thread of librbd, which has its own copy."""
+    """Start writing; ``done`` is called with 0 or a negative errno from a thread of librbd."""
+
+    def ended(completion: Any, data: bytes = data) -> None:
+        del data  # kept until here: a pool may tell librbd (rbd_disable_zero_copy_writes) to write from where they lie
+        done(completion.get_return_value())
+
     with answers(f"write at {offset}"):
-        image.aio_write(data, offset, lambda completion: done(completion.get_return_value()))
+        image.aio_write(data, offset, ended)
 
 
 def flush(image: Any, seconds: float) -> None:
