@@ -167,7 +167,7 @@ class Connection:
         seconds = str(math.ceil(self.timeout))  # Ceph takes whole ones
         # connect(timeout=) is ignored; these three count, for the first answer and for each operation
         limits = {"client_mount_timeout": seconds, "rados_osd_op_timeout": seconds, "rados_mon_op_timeout": seconds}
-        # librbd writes from its own copy; without one a write to a dead OSD ends only when the connection lets the bytes go
+        # librbd writes from a copy: without one a write to a dead OSD ends only when the connection lets the bytes go
         writes = {"rbd_disable_zero_copy_writes": "true"}
         what = f"connect as client.{self.address.user} by {self.address.conf}"
         try:
