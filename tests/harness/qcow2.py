@@ -30,7 +30,7 @@ class Layout:
     zstd: bool = False
     seed: int | None = None
     near: int | None = None
-    """With a seed: the guest's clusters lie in the guest's order, but for so many places at most."""
+    """Clusters lie in the guest's order, but for so many places at most."""
     tail: int = 0
     """Bytes by which the virtual size is less than whole clusters; a multiple of 512."""
 

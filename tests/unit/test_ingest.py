@@ -20,12 +20,14 @@ import pytest
 
 from harness import qcow2
 from harness.images import bomb
-from nova_imagecache import _exec, _fs, _sums
+from nova_imagecache import _exec, _fs, _qcow2, _sums
 from nova_imagecache._admission import Request, admit_metadata, base_format
 from nova_imagecache._guard_source import GuardedSource
 from nova_imagecache._ingest import Ingest
 from nova_imagecache._inspect import INSPECTOR_VERSION
 from nova_imagecache._models import BaseRecord, Digest, ImageInfo, round_up
+from nova_imagecache._packed import SurpriseError
+from nova_imagecache._placing import Placer, Qcow2Placer, Spool
 from nova_imagecache._stream import PIECE
 from nova_imagecache._watch import Watch
 from nova_imagecache.backends import BackendPaths, BaseWriter
@@ -441,6 +443,40 @@ def test_a_damaged_compressed_cluster_is_a_rejected_image(bench: Bench) -> None:
     with pytest.raises(ImageRejectedError, match="qemu-img cannot convert it"):
         bench.run(FakeImage(data=bytes(file), disk_format="qcow2"))
     assert bench.source.opens == 2
+
+
+def test_a_damaged_compressed_cluster_lets_its_piece_go(bench: Bench) -> None:
+    """The ring goes round until the image is given up, though its clusters were never placed."""
+    made = qcow2.make(qcow2.Layout(cluster_bits=16, kinds=("packed",) * 4))
+    data = max(at for at, _length in made.tables) + 65536
+    file = memoryview(made.file[:data].ljust(len(made.file), b"\xff"))
+    held: list[int] = []
+
+    def hold() -> Callable[[], None]:
+        held.append(1)
+        return held.clear
+
+    header = _qcow2.parse_header(file[: _qcow2.HEADER_BYTES])
+    writer = bench.backend.stage_base("damaged", "raw")
+    with (
+        Spool(bench.path / "spool") as spool,
+        Qcow2Placer(
+            header,
+            len(file),
+            Placer(writer, header.virtual_size),
+            spool,
+            hold=hold,
+            admit=lambda _needed: None,
+            admit_free=lambda _needed: True,
+            check=lambda: None,
+        ) as decoding,
+    ):
+        decoding.feed(file)
+        assert held == [1]
+        with pytest.raises(SurpriseError, match="damaged"):
+            decoding.finish()
+    assert held == []
+    writer.discard()
 
 
 def test_without_the_fast_libraries_the_standard_one_unpacks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
