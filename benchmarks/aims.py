@@ -83,13 +83,15 @@ def _cold(document: Figures) -> Iterator[Aim]:
             yield _at_least(f"cold {name}, Nova / ours", times, *_COLD[name], in_the_way=_slowest(floor))
         if floor is not None:
             verdict = _verdict(floor.times, *_FLOOR)
+            bare = floor_of(document, name, who="bare pass")
+            beside = f"; a bare pass: {seconds(bare.seconds)}, {ratio(bare.times)} of its own" if bare else ""
             yield Aim(
                 work=f"cold {name}, ours / floor",
                 must=ratio(_FLOOR[0]),
                 aim=ratio(_FLOOR[1]),
                 measured=ratio(floor.times),
                 verdict=verdict,
-                in_the_way="" if verdict == "aim" else _slowest(floor),
+                in_the_way="" if verdict == "aim" else _slowest(floor) + beside,
             )
 
 

@@ -29,7 +29,7 @@ _TURNS = {"small": 3}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One measurement: ``who`` is "ours", a peer, or a physical term."""
+    """One measurement: ``who`` is "ours", a peer, a physical term, or "bare pass"."""
 
     case: str
     who: str
@@ -121,14 +121,14 @@ class Bench:
             options = {"endpoint": self.glance.url, "token": ADMIN}
         return {"root": str(root / "root"), "source": source, "source_options": options, **changes}
 
-    def ours(self, what: str, root: Path | None, *, config: Figures, **task: Any) -> Figures:
+    def ours(self, what: str, *, config: Figures, watched: Path | None = None, **task: Any) -> Figures:
         """What the library needs for it."""
-        return runner.measure("benchmarks.worker", {"what": what, "config": config, **task}, root)
+        return runner.measure("benchmarks.worker", {"what": what, "config": config, **task}, watched=watched)
 
-    def peer(self, name: str, what: str, root: Path, **task: Any) -> Figures:
+    def peer(self, name: str, what: str, root: Path, *, watched: Path | None = None, **task: Any) -> Figures:
         """What the peer needs for it."""
         given = {"what": what, "root": str(root), "endpoint": self.glance.url, **task}
-        return runner.measure(f"benchmarks.peers.{name}", given, root, python=runner.python_of(name))
+        return runner.measure(f"benchmarks.peers.{name}", given, watched=watched, python=runner.python_of(name))
 
     def turns(self, name: str, number: int) -> range:
         """The turns of this image in a round; they go on counting from the round before."""
@@ -144,7 +144,13 @@ class Bench:
         task = {"term": name, "token": ADMIN, "target": str(root / "written"), **asdict(image)}
         if name == "download":
             task["url"] = f"{self.glance.url}/v2/images/{image.image_id}/file"
-        return runner.measure("benchmarks.physical", task, root)
+        return runner.measure("benchmarks.physical", task)
+
+    def bare_pass(self, root: Path, image: Image) -> Figures:
+        """What is left of a cold pass when the library is taken away."""
+        url = f"{self.glance.url}/v2/images/{image.image_id}/file"
+        task = {"url": url, "token": ADMIN, "directory": str(root), **asdict(image)}
+        return runner.measure("benchmarks.bare_pass", task)
 
     def _image_directory(self) -> Path:
         """A directory that DirectorySource reads, with the images that need no Glance."""

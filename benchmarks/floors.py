@@ -17,8 +17,8 @@ _CPU = ("cpu", "cpu_children", "cpu_servers")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Floor:
-    """Medians of the rounds of one case. ``seconds`` is the library's wall time, ``times`` that of the floor's, paired
-    by round; ``slowest`` names what the floor is made of most often."""
+    """Medians of the rounds of one case. ``seconds`` is the wall time, ``times`` that of the floor's, paired by round;
+    ``slowest`` names what the floor is made of most often."""
 
     seconds: float
     floor: float
@@ -28,21 +28,21 @@ class Floor:
     cpu: float
 
 
-def floor_of(document: Figures, case: str, work: str = "cold") -> Floor | None:
-    """The floor of one image's runs, None: not measured."""
+def floor_of(document: Figures, case: str, work: str = "cold", who: str = "ours") -> Floor | None:
+    """The floor of one image's runs by ``who``, None: not measured."""
     samples = document["works"].get(work, {}).get(case, {})
     cores = document["machine"]["cores"]
     rounds = []
-    for number, ours in enumerate(samples.get("ours", [])):
+    for number, run in enumerate(samples.get(who, [])):
         terms = {
             name: float(samples[name][number]["seconds"])
             for name in TERMS
             if number < len(samples.get(name, [])) and samples[name][number]["seconds"]
         }
-        cpu = sum(float(ours[name]) for name in _CPU) / cores
+        cpu = sum(float(run[name]) for name in _CPU) / cores
         limits = {**terms, "CPU": cpu}
         slowest = max(limits, key=lambda name: limits[name])
-        rounds.append((float(ours["seconds"]), limits[slowest], slowest, terms, cpu))
+        rounds.append((float(run["seconds"]), limits[slowest], slowest, terms, cpu))
     if not rounds:
         return None
     names = [one[2] for one in rounds]

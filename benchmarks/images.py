@@ -13,12 +13,10 @@ import struct
 import subprocess
 import uuid
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from benchmarks import layouts
 from benchmarks.scale import MIB, Scale
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 KIB = 1024
 _VERSION = 1
@@ -40,6 +38,11 @@ class Image:
     virtual_size: int
     data: int
     sha512: str
+
+    @property
+    def compressed(self) -> bool:
+        """Whether its clusters are."""
+        return bool(self.disk_format == "qcow2" and layouts.compressed_clusters(Path(self.file)).places)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,18 +12,16 @@ import ctypes
 import hashlib
 import http.client
 import os
-import struct
 import time
 import urllib.parse
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from benchmarks import meter
+from benchmarks import layouts, meter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from benchmarks.meter import Figures
 
@@ -89,7 +87,7 @@ def write(task: Figures) -> Figures:
         target = os.open(task["target"], os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         os.ftruncate(target, os.fstat(source).st_size)
     written = 0
-    for start, end in extents(source):
+    for start, end in layouts.extents(source):
         for offset in range(start, end, _PIECE):
             count = os.preadv(source, [buffer[: min(_PIECE, end - offset)]], offset)
             with watch:
@@ -103,57 +101,13 @@ def write(task: Figures) -> Figures:
     return {"seconds": watch.seconds, "written": written}
 
 
-def extents(file: int) -> Iterator[tuple[int, int]]:
-    """Where an open file has data: first byte, and the one after the last."""
-    size = os.fstat(file).st_size
-    position = 0
-    while position < size:
-        try:
-            start = os.lseek(file, position, os.SEEK_DATA)
-        except OSError:  # ENXIO: no data after this
-            return
-        position = os.lseek(file, start, os.SEEK_HOLE)
-        yield start, position
-
-
 # --- decode ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compressed:
-    """The compressed clusters of a qcow2 file, by where they lie."""
-
-    cluster_size: int
-    zstd: bool
-    places: tuple[tuple[int, int], ...]
-
-
-def compressed_clusters(path: Path) -> Compressed:
-    """Read from the file's tables; of images that qemu-img made, without checking them."""
-    with path.open("rb") as file:
-        header = file.read(112)
-        (bits,) = struct.unpack_from(">I", header, 20)
-        entries, table = struct.unpack_from(">IQ", header, 36)
-        (length,) = struct.unpack_from(">I", header, 100)
-        shift = 62 - (bits - 8)
-        places = []
-        file.seek(table)
-        for entry in struct.unpack(f">{entries}Q", file.read(8 * entries)):
-            if second := entry & 0x00FF_FFFF_FFFF_FE00:
-                file.seek(second)
-                for cluster in struct.unpack(f">{(1 << bits) // 8}Q", file.read(1 << bits)):
-                    if cluster >> 62 & 1:
-                        offset = cluster & ((1 << shift) - 1)
-                        sectors = ((cluster & ((1 << 62) - 1)) >> shift) + 1
-                        places.append((offset, sectors * 512 - offset % 512))
-    zstd = length > 104 and header[104] == 1
-    return Compressed(cluster_size=1 << bits, zstd=zstd, places=tuple(places))
 
 
 def decode(task: Figures) -> Figures:
     """Seconds of unpacking all compressed clusters, one after the other, and by what."""
     path = Path(task["file"])
-    clusters = compressed_clusters(path)
+    clusters = layouts.compressed_clusters(path)
     name, unpack = decoder(zstd=clusters.zstd)
     watch = Stopwatch()
     out = 0

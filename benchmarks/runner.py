@@ -41,18 +41,19 @@ def python_of(name: str) -> Path:
     return REPO / f".venv-{name}" / "bin" / "python"
 
 
-def measure(module: str, task: Figures, watched: Path | None, *, python: Path | None = None) -> Figures:
+def measure(module: str, task: Figures, *, watched: Path | None = None, python: Path | None = None) -> Figures:
     """What ``python -m module`` measured, with what could be seen from outside."""
-    return measure_together(module, [task], watched, python=python)[0]
+    return measure_together(module, [task], watched=watched, python=python)[0]
 
 
 def measure_together(
-    module: str, tasks: Sequence[Figures], watched: Path | None, *, python: Path | None = None
+    module: str, tasks: Sequence[Figures], *, watched: Path | None = None, python: Path | None = None
 ) -> list[Figures]:
     """One process for each task; all begin when the last one is ready.
 
-    The first answer carries what was seen from outside: ``disk_before``, ``disk_peak``, ``disk_after``, of the
-    directory that is ``watched``, and ``cpu_servers``, of the processes that this one has started before.
+    The first answer carries what was seen from outside: ``cpu_servers``, of the processes that this one has started
+    before, and ``disk_before``, ``disk_peak``, ``disk_after``, of a directory that is ``watched``. Watching takes time
+    from what is measured: some hundredths of a core, and more where there are many files.
     """
     servers = descendants(os.getpid())
     with tempfile.TemporaryFile() as words:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _SIZE = 20 * GIB
 _WORKER = "benchmarks.rbd_worker"
 _IMPORTS = ("qcow2", "qcow2-zlib", "small")
+_TOOLS = {"tools": "glanceclient", "tools, unverified": "connection"}
+"""Who imports by hand, and by what they download: an image is used when its digest was right, as everywhere."""
 
 
 def _storage(bench: Bench) -> Figures:
@@ -39,18 +41,20 @@ def rbd_clone(bench: Bench, number: int) -> Iterator[Sample]:
             config = bench.config(root, source="directory", **_storage(bench))
             task: Figures = {"config": config, "image": bench.image("small").image_id}
             if who == "ours":
-                figures = bench.ours("warm", root, **task, size=_SIZE, n=bench.scale.clones)
+                figures = bench.ours("warm", **task, size=_SIZE, n=bench.scale.clones)
             else:
-                figures = runner.measure(_WORKER, {**bare, **task}, root)
+                figures = runner.measure(_WORKER, {**bare, **task})
             yield Sample(case="clone", who=who, figures=figures)
     in_ceph.empty(bench.ceph)
 
 
 def rbd_import(bench: Bench, number: int) -> Iterator[Sample]:
-    """An image that is not in the cluster becomes a base in it; beside download, qemu-img convert and rbd import."""
+    """An image that is not in the cluster becomes a base in it; beside download, qemu-img convert and rbd import, with
+    and without a look at the digest.
+    """
     for image in [bench.served(name) for name in _IMPORTS if name in bench.cold]:
         for turn in bench.turns(image.name, number):
-            turns = ["ours", "tools"]
+            turns = ["ours", *_TOOLS]
             for who in [*(reversed(turns) if turn % 2 else turns), *bench.terms(image)]:
                 in_ceph.empty(bench.ceph)
                 with runner.fresh(bench.dir) as root:
@@ -60,19 +64,21 @@ def rbd_import(bench: Bench, number: int) -> Iterator[Sample]:
 
 def _import(bench: Bench, who: str, image: Image, root: Path) -> Figures:
     if who == "write":
-        return runner.measure(_WORKER, {"what": "bare_write", "conf": str(bench.ceph.conf), "raw": image.raw}, root)
+        return runner.measure(_WORKER, {"what": "bare_write", "conf": str(bench.ceph.conf), "raw": image.raw})
     if who in TERMS:
         return bench.term(who, root, image)
     if who == "ours":
         config = bench.config(root, **_storage(bench))
         warm_up = bench.served("tiny").image_id
-        return bench.ours("cold", root, config=config, image=image.image_id, warm_up=warm_up)
+        return bench.ours("cold", config=config, image=image.image_id, warm_up=warm_up)
     task = {
         "what": "tools_import",
         "conf": str(bench.ceph.conf),
         "directory": str(root),
-        "url": f"{bench.glance.url}/v2/images/{image.image_id}/file",
+        "download": _TOOLS[who],
+        "endpoint": bench.glance.url,
         "token": ADMIN,
+        "image": image.image_id,
         "format": image.disk_format,
     }
-    return runner.measure(_WORKER, task, root)
+    return runner.measure(_WORKER, task)

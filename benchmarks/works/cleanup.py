@@ -17,7 +17,7 @@ def cleanup(bench: Bench, number: int) -> Iterator[Sample]:
     """Both look at the header of every disk. Nova's pass takes minutes and is run once."""
     for count in bench.scale.bases:
         config = {"root": str(_populated(bench, count)), "source": "directory", "source_options": {"path": "/"}}
-        figures = bench.ours("cleanup", None, config=config, finder=True, bases=count)
+        figures = bench.ours("cleanup", config=config, finder=True, bases=count)
         yield Sample(case=str(count), who="ours", figures=figures)
         if number == 0:
             yield Sample(case=str(count), who="ours, removing", figures=_going(bench, count))
@@ -31,7 +31,7 @@ def _going(bench: Bench, count: int) -> dict[str, object]:
     with runner.fresh(bench.dir) as directory:
         populate.populate(directory / "root", count)
         config = {"root": str(directory / "root"), "source": "directory", "source_options": {"path": "/"}}
-        return bench.ours("going", None, config=config, finder=True)
+        return bench.ours("going", config=config, finder=True)
 
 
 @functools.cache
@@ -44,4 +44,4 @@ def _populated(bench: Bench, count: int) -> Path:
 def _nova(root: Path, count: int) -> dict[str, object]:
     task = {"what": "cleanup", "root": str(root), "endpoint": "http://127.0.0.1:1", "bases": count}
     python = runner.python_of("nova")
-    return runner.measure("benchmarks.peers.nova", task, None, python=python)
+    return runner.measure("benchmarks.peers.nova", task, python=python)

@@ -58,7 +58,7 @@ def _crowd(bench: Bench, turn: _Turn, root: Path) -> Figures:
         task |= {"root": str(root), "endpoint": bench.glance.url}
     downloads = bench.glance.downloads(image.image_id)
     tasks = [{**task, "prefix": f"disk-{process}"} for process in range(turn.processes)]
-    answers = runner.measure_together(module, tasks, root, python=python)
+    answers = runner.measure_together(module, tasks, python=python)
     return {**_summary(answers), "downloads": bench.glance.downloads(image.image_id) - downloads}
 
 
@@ -77,7 +77,6 @@ def _summary(answers: Sequence[Figures]) -> Figures:
         "written": sum(answer["written"] for answer in answers),
         "children": sum(answer["children"] for answer in answers),
         "memory_grown": max(answer["memory_grown"] for answer in answers),
-        "disk_peak": answers[0]["disk_peak"] - answers[0]["disk_before"],
         "cpu_servers": answers[0]["cpu_servers"],
     }
 
@@ -87,5 +86,5 @@ def at_once(bench: Bench, _number: int) -> Iterator[Sample]:
     root = bench.temporary()  # kept, as in warm
     image = bench.image("small").image_id
     config = bench.config(root, source="directory")
-    figures = bench.ours("at_once", root, config=config, image=image, size=_SIZE, n=bench.scale.at_once)
+    figures = bench.ours("at_once", config=config, image=image, size=_SIZE, n=bench.scale.at_once)
     yield Sample(case=f"{bench.scale.at_once} disks", who="ours", figures=figures)

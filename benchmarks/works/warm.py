@@ -39,20 +39,19 @@ def _warm(bench: Bench, who: str, size: int) -> dict[str, object]:
         return bench.peer("nova", "warm", root, image=bench.served("small").image_id, size=size, n=few)
     if who == "ours":
         config = bench.config(root, source="directory")
-        return bench.ours("warm", root, config=config, image=image.image_id, size=size, n=many)
-    return bench.ours("bare", root, config={}, directory=str(root), base=image.raw, size=size, n=many)
+        return bench.ours("warm", config=config, image=image.image_id, size=size, n=many)
+    return bench.ours("bare", config={}, directory=str(root), base=image.raw, size=size, n=many)
 
 
 def hit(bench: Bench, _number: int) -> Iterator[Sample]:
     """ensure_base of a base that is there."""
     with runner.fresh(bench.dir) as root:
         config = bench.config(root, source="directory")
-        figures = bench.ours("hit", root, config=config, image=bench.image("tiny").image_id, n=bench.scale.hits)
+        figures = bench.ours("hit", config=config, image=bench.image("tiny").image_id, n=bench.scale.hits)
         yield Sample(case="ensure_base", who="ours", figures=figures)
 
 
 def start_up(bench: Bench, _number: int) -> Iterator[Sample]:
     """Importing the package, above what an empty interpreter takes."""
-    with runner.fresh(bench.dir) as root:
-        figures = bench.ours("start_up", root, config={}, python=sys.executable)
-        yield Sample(case="import", who="ours", figures=figures)
+    figures = bench.ours("start_up", config={}, python=sys.executable)
+    yield Sample(case="import", who="ours", figures=figures)

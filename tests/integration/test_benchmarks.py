@@ -47,16 +47,23 @@ def test_what_needs_no_service(tmp_path: Path) -> None:
 
 @pytest.mark.services
 def test_what_needs_glance(tmp_path: Path) -> None:
-    """A cold image is measured beside the physical terms, and a crowd downloads once."""
+    """A cold image is measured beside the physical terms and, if it is not compressed, beside a bare pass; its disk is
+    watched once. A crowd downloads once.
+    """
     require(glance_service.missing())
-    figures, said = _run(tmp_path, "--only=cold", "--only=crowd", "--image=qcow2-zlib")
-    assert set(figures["works"]["cold"]) == {"qcow2-zlib"}
+    figures, said = _run(tmp_path, "--only=cold", "--only=crowd", "--image=qcow2-zlib", "--image=small")
+    assert set(figures["works"]["cold"]) == {"qcow2-zlib", "small"}
+    small = figures["works"]["cold"]["small"]
+    assert set(small) == {"ours", "download", "hash", "decode", "write", "bare pass"}
+    assert ["disk_peak" in one for one in small["ours"]] == [True, False, False]
+    assert all(one["written"] and one["cpu_servers"] for one in small["bare pass"])
     case = figures["works"]["cold"]["qcow2-zlib"]
     assert set(case) == {"ours", "download", "hash", "decode", "write"}
     assert case["ours"][0]["cpu_servers"] > 0, "Glance's CPU time counts"
     assert case["ours"][0]["base_allocated"] <= case["write"][0]["written"] * 1.02 + 2**20
     assert all(one["ours"][0]["downloads"] == 1 for one in figures["works"]["crowd"].values())
     assert "ours / floor" in said
+    assert "; a bare pass: " in said
 
 
 @pytest.mark.services
@@ -67,7 +74,7 @@ def test_what_needs_ceph(tmp_path: Path) -> None:
     figures, said = _run(tmp_path, "--only=rbd-import", "--only=rbd-clone", "--image=small")
     assert set(figures["works"]["rbd-import"]) == {"small"}
     case = figures["works"]["rbd-import"]["small"]
-    assert set(case) == {"ours", "tools", "download", "hash", "decode", "write"}
+    assert set(case) == {"ours", "tools", "tools, unverified", "download", "hash", "decode", "write"}
     assert len(case["ours"]) == len(case["write"]) == 3
     assert case["write"][0]["written"] >= 8 * 2**20
     assert case["write"][0]["cpu_servers"] > 0, "Ceph's CPU time counts"

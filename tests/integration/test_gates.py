@@ -63,7 +63,7 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Fetched:
         top = ground / f"{kind}-cache"
         top.mkdir()
         config = {"root": str(top / "root"), "source": "directory", "source_options": {"path": str(source)}}
-        answer = runner.measure("benchmarks.worker", {"what": "cold", "config": config, "image": "image"}, top)
+        answer = runner.measure("benchmarks.worker", {"what": "cold", "config": config, "image": "image"}, watched=top)
         return Figures(
             data=data,
             written=answer["written"],
@@ -202,7 +202,7 @@ def test_what_warm_disks_write(tmp_path: Path, size: int) -> None:
     (source / "image.json").write_text(json.dumps(note))
     config = {"root": str(tmp_path / "root"), "source": "directory", "source_options": {"path": str(source)}}
     task = {"what": "warm", "config": config, "image": "image", "size": size, "n": count}
-    figures = runner.measure("benchmarks.worker", task, tmp_path)
+    figures = runner.measure("benchmarks.worker", task, watched=tmp_path)
     assert figures["children"] == 0, figures["commands"]
     assert figures["written"] <= count * 128 * KIB, f"{figures['written'] / count / KIB:.0f} KiB each"
     taken = figures["disk_after"] - figures["disk_before"]

@@ -114,7 +114,7 @@ def test_memory(ceph: CephCluster, tmp_path: Path) -> None:
         "backend": "rbd",
         "backend_options": pool.options(ceph),
     }
-    answer = runner.measure("benchmarks.worker", {"what": "cold", "config": config, "image": "img"}, tmp_path)
+    answer = runner.measure("benchmarks.worker", {"what": "cold", "config": config, "image": "img"})
     assert answer["made_by"] == "qcow2 decoder"
     assert answer["memory_grown"] < 100 * MIB, f"{answer['memory_grown'] / MIB:.0f} MiB"
 
