@@ -21,6 +21,8 @@ from nova_imagecache import RbdLocation
 from services.ceph_bindings import bindings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from benchmarks.meter import Figures
 
 _PIECE = 4 * 2**20
@@ -97,25 +99,31 @@ def bare_write(task: Figures) -> Figures:
     return {**costs.figures, "written": sum(len(data) for _, data in parts)}
 
 
-def _glanceclient(task: Figures, path: Path) -> None:
-    """The image to a file; its digest is looked at on the way."""
+def _glanceclient(task: Figures) -> Callable[[str, Path], None]:
+    """What brings an image to a file, and looks at its digest on the way."""
     client: Any = glanceclient.Client("2", endpoint=task["endpoint"], token=task["token"])
-    with path.open("wb", buffering=0) as file:
-        for chunk in client.images.data(task["image"]):
-            file.write(chunk)
+
+    def download(image_id: str, path: Path) -> None:
+        with path.open("wb", buffering=0) as file:
+            for chunk in client.images.data(image_id):
+                file.write(chunk)
+
+    return download
 
 
-def _connection(task: Figures, path: Path) -> None:
-    """The image to a file, and nothing else."""
-    url = urllib.parse.urlsplit(task["endpoint"])
-    connection = http.client.HTTPConnection(url.netloc)
-    connection.request("GET", f"/v2/images/{task['image']}/file", headers={"X-Auth-Token": task["token"]})
-    answer = connection.getresponse()
+def _connection(task: Figures) -> Callable[[str, Path], None]:
+    """What brings an image to a file, and nothing else."""
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(task["endpoint"]).netloc)
     buffer = memoryview(bytearray(_PIECE))
-    with path.open("wb", buffering=0) as file:
-        while count := answer.readinto(buffer):
-            file.write(buffer[:count])
-    connection.close()
+
+    def download(image_id: str, path: Path) -> None:
+        connection.request("GET", f"/v2/images/{image_id}/file", headers={"X-Auth-Token": task["token"]})
+        answer = connection.getresponse()
+        with path.open("wb", buffering=0) as file:
+            while count := answer.readinto(buffer):
+                file.write(buffer[:count])
+
+    return download
 
 
 _DOWNLOADS = {"glanceclient": _glanceclient, "connection": _connection}
@@ -127,12 +135,13 @@ def tools_import(task: Figures) -> Figures:
     ``download`` says by what: glanceclient, as Nova and the ``glance`` command do, which looks at the digest; or
     nothing but a connection, which does not.
     """
-    download = _DOWNLOADS[task["download"]]
+    download = _DOWNLOADS[task["download"]](task)
     fetched, raw = Path(task["directory"], "fetched"), Path(task["directory"], "raw")
     ceph = ["--conf", task["conf"], "--id", _USER]
+    download(task["warm_up"], fetched)
     meter.ready()
     with meter.Meter() as costs:
-        download(task, fetched)
+        download(task["image"], fetched)
         if task["format"] != "raw":
             argv = ["qemu-img", "convert", "-f", task["format"], "-O", "raw", str(fetched), str(raw)]
             subprocess.run(argv, check=True)

@@ -67,9 +67,9 @@ def _import(bench: Bench, who: str, image: Image, root: Path) -> Figures:
         return runner.measure(_WORKER, {"what": "bare_write", "conf": str(bench.ceph.conf), "raw": image.raw})
     if who in TERMS:
         return bench.term(who, root, image)
+    warm_up = bench.served("tiny").image_id
     if who == "ours":
         config = bench.config(root, **_storage(bench))
-        warm_up = bench.served("tiny").image_id
         return bench.ours("cold", config=config, image=image.image_id, warm_up=warm_up)
     task = {
         "what": "tools_import",
@@ -79,6 +79,7 @@ def _import(bench: Bench, who: str, image: Image, root: Path) -> Figures:
         "endpoint": bench.glance.url,
         "token": ADMIN,
         "image": image.image_id,
+        "warm_up": warm_up,
         "format": image.disk_format,
     }
     return runner.measure(_WORKER, task)

@@ -7,7 +7,8 @@ in order and yields, for each piece:
 - ``Plain``: bytes of the guest, at their offset;
 - ``Packed``: a compressed cluster of the guest;
 - ``Keep``: bytes whose meaning is not known yet, to be kept by their place in the file. Should a table that comes later
-  name them, the decoder asks for them by ``recall``; so any legal order gives the right result.
+  name them, the decoder asks for them by ``recall``; so any legal order gives the right result. Behind the last table
+  there are none.
 
 The bytes come from strangers. Every offset, length and flag is checked; whatever this decoder cannot prove to mean one
 thing only raises ``SurpriseError``, and the caller takes the long way (qemu-img). It never yields bytes outside the
@@ -244,6 +245,7 @@ class Decoder:
         yield from self._packed.hand_out(piece, self._start, unnamed)
         first = self._start >> self._bits
         number, behind = first, first + len(unnamed)
+        may_be_named = self._l1 is not None or self._tables_left > 0
         while number < behind:
             begun, kind = number, self._map[number]
             number += 1
@@ -254,7 +256,7 @@ class Decoder:
                 data = self._part(piece, begun - first, number - first)
                 yield Plain(guest, data[: self._size - guest])
                 self._pass(begun, number, _DONE)
-            elif kind == 0 and (sector := unnamed[begun - first]) != NONE:
+            elif may_be_named and kind == 0 and (sector := unnamed[begun - first]) != NONE:
                 while number < behind and self._map[number] == unnamed[number - first] == 0:
                     number += 1
                 data = self._part(piece, begun - first, number - first)[sector * SECTOR :]

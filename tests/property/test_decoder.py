@@ -194,6 +194,15 @@ def test_clusters_that_lie_over_one_another_take_no_more_memory() -> None:
     assert peak < 200 * MIB + len(file) + 40 * MIB
 
 
+def test_nothing_is_kept_behind_the_last_table() -> None:
+    """No table can name it any more. In front of it, it may be named, and is kept."""
+    size = 1 << 12
+    made = qcow2.make(qcow2.Layout(cluster_bits=12, kinds=("plain", "packed") * 20))
+    unnamed = b"x" * (100 * size)
+    guest, kept = qcow2.decode(made.file + unnamed, piece=size)
+    assert (guest, kept) == (made.guest, size)  # the reference counts, which lie in front of the tables
+
+
 @pytest.mark.slow
 def test_of_what_qemu_img_writes_only_metadata_is_kept(tmp_path: Path) -> None:
     """A table comes before what it names, so that nothing of the data is written twice."""
