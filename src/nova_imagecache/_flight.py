@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _POLL = 0.02
 _CHECK = 0.1
+_TELL = 0.1
 _SHARED = (
     ImageCorruptError,
     ImageNotActiveError,
@@ -63,16 +64,19 @@ class _Flight:
 
 
 class Leader:
-    """What the fetching thread tells its followers, here and in other processes."""
+    """What the fetching thread tells its followers, here and, ten times a second, in other processes."""
 
     def __init__(self, flight: _Flight, lock: Lock) -> None:
         self._flight = flight
         self._lock = lock
+        self._due = 0.0
 
     def note(self, done: int, total: int | None) -> None:
         """Tell all who wait how far the fetch is."""
         self._flight.note = (done, total)
-        self._lock.note(done, total)
+        if (now := time.monotonic()) >= self._due or done == total:
+            self._due = now + _TELL if done else now
+            self._lock.note(done, total)
 
 
 class Flights:

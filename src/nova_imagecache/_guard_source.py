@@ -104,12 +104,16 @@ class GuardedSource:
 
     def read_into(self, image: ImageInfo, chunks: DirectChunks, buffer: memoryview) -> int:
         """As DirectChunks.readinto."""
-        with self._call("read", image.image_id):
+        # thousands of calls for an image: the guard is entered only with what is to be translated
+        try:
             count = chunks.readinto(buffer)
-            if not _is_size(count) or count > len(buffer):
-                text = f"source {self.name} read {count!r} bytes into a buffer of {len(buffer)}"
-                raise SourceError(text, image_id=image.image_id, todo=_MEND)
-            return count
+        except Exception:
+            with self._call("read", image.image_id):
+                raise
+        if not _is_size(count) or count > len(buffer):
+            text = f"source {self.name} read {count!r} bytes into a buffer of {len(buffer)}"
+            raise SourceError(text, image_id=image.image_id, stage="read", todo=_MEND)
+        return count
 
 
 class _GuardedChunks:

@@ -119,6 +119,24 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+def test_other_processes_are_told_ten_times_a_second(
+    flights: Flights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first and the last bytes at once, what comes between when its turn has come: a note is a write to a file."""
+    now, notes = [100.0], []
+    monkeypatch.setattr("nova_imagecache._flight.time.monotonic", lambda: now[0])
+
+    def fetch(leader: Leader) -> BaseImage:
+        for done in (1, 2, 3, 8, 9, 10):
+            now[0] += 0.11 if done == 8 else 0.001
+            leader.note(done, 10)
+            notes.append(Locks(tmp_path, timeout=20).base("img").peek())
+        return BASE
+
+    assert flights.join("img", 1, find=lambda: None, accepts=anything, fetch=fetch, watch=Watch("img")) == BASE
+    assert notes == [(1, 10), (1, 10), (1, 10), (8, 10), (8, 10), (10, 10)]
+
+
 def test_of_many_one_fetches(flights: Flights, storage: Storage) -> None:
     """All get what it publishes."""
     with ThreadPoolExecutor(16) as pool:

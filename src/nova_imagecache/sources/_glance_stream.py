@@ -59,6 +59,7 @@ class ImageStream:
         self._ranges = True  # until the server shows that it knows none
         self._closed = False
         self._response: requests.Response | None = None
+        self._take: Callable[[memoryview], int]  # of the present answer
 
     def connect(self) -> None:
         """Get an answer that begins at, or before, the position; none if nothing lies behind it.
@@ -147,6 +148,7 @@ class ImageStream:
             headers={"Range": f"bytes={start}-"} if start else None,
             stream=True,
         )
+        self._take = _reader(response)
         first, total = _extent(response)
         match response.status_code:
             case HTTPStatus.OK:
@@ -188,12 +190,12 @@ class ImageStream:
         broken: Exception | None = None
         try:
             while self._skip:
-                count = _read_into(response, buffer[: self._skip])
+                count = self._take(buffer[: self._skip])
                 if not count:
                     break
                 self._skip -= count
             else:
-                if count := _read_into(response, buffer[: self._at_once]):
+                if count := self._take(buffer[: self._at_once]):
                     self._at_once = min(2 * self._at_once, _PIECE)
                     self._position += count
                     return count
@@ -234,15 +236,19 @@ class ImageStream:
         return failure(status, image_id=image_id, stage=_STAGE)
 
 
-def _read_into(response: requests.Response, buffer: memoryview) -> int:
-    """Bytes of the answer's body, into the front of the buffer: how many, 0 at its end."""
+def _reader(response: requests.Response) -> Callable[[memoryview], int]:
+    """What reads bytes of the answer's body into the front of a buffer, and tells how many: 0 at its end."""
     # below urllib3, which makes bytes of what it reads; by urllib3 where they must be decoded
     body = getattr(response.raw, "_fp", None)
     if isinstance(body, HTTPResponse) and _is_plain(response):
-        return body.readinto(buffer)
-    piece: bytes = response.raw.read1(len(buffer), decode_content=True)
-    buffer[: len(piece)] = piece
-    return len(piece)
+        return body.readinto
+
+    def decoded(buffer: memoryview) -> int:
+        piece: bytes = response.raw.read1(len(buffer), decode_content=True)
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    return decoded
 
 
 def _is_plain(response: requests.Response) -> bool:
