@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from harness.gates import Gate
 from harness.images import qemu_img
-from nova_imagecache import _fs, _qcow2
-from nova_imagecache.backends._templates import Templates
+from nova_imagecache import _fs, _qcow2, _qemu
+from nova_imagecache.backends._templates import Template, Templates
+from nova_imagecache.exceptions import CommandError
 from nova_imagecache.testing import FaultPlan
 
 GIB = 2**30
@@ -53,6 +58,62 @@ def test_qemu_img_runs_once_for_a_shape(tmp_path: Path) -> None:
         assert overlay(again, tmp_path / "c", "disk.base", "raw", None, GIB) == first
     assert "exec.run" not in {step.name for step in plan.trace}
     assert list((tmp_path / "staging").iterdir()) == []
+
+
+def together(templates: Templates, count: int = 12) -> list[Template | Exception]:
+    """What so many threads get that ask for one shape at the same moment."""
+    barrier = threading.Barrier(count)
+
+    def one(_number: int) -> Template | Exception:
+        barrier.wait(20)
+        try:
+            return templates.get("raw", None, GIB)
+        except CommandError as err:
+            return err
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def test_of_threads_that_want_a_new_shape_together_one_makes_it(tmp_path: Path) -> None:
+    """And all get the same."""
+    with FaultPlan() as plan:
+        made = together(Templates(tmp_path))
+    assert isinstance(made[0], Template)
+    assert made == [made[0]] * len(made)
+    assert [step.name for step in plan.trace].count("exec.run") == 1
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+def test_where_the_first_thread_fails_the_others_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reasons may be its own."""
+    failed = threading.Event()
+    true_make = _qemu.create_overlay
+
+    def create_overlay(path: Path, **options: Any) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise CommandError(["qemu-img"], 1, "no")
+        true_make(path, **options)
+
+    monkeypatch.setattr(_qemu, "create_overlay", create_overlay)
+    templates = Templates(tmp_path)
+    made = together(templates)
+    assert sum(isinstance(one, CommandError) for one in made) == 1
+    assert made.count(templates.get("raw", None, GIB)) == len(made) - 1
+
+
+def test_a_thread_that_hangs_keeps_the_others_for_a_while_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They make it themselves."""
+    monkeypatch.setattr("nova_imagecache.backends._templates._PATIENCE", 0.2)
+    gate = Gate(monkeypatch, Templates, "_make")
+    templates = Templates(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        hangs = pool.submit(templates.get, "raw", None, GIB)
+        gate.wait()
+        assert all(isinstance(one, Template) for one in together(templates, 3))
+        gate.open()
+        assert hangs.result(20) == templates.get("raw", None, GIB)
 
 
 def test_a_damaged_template_is_made_anew(tmp_path: Path) -> None:

@@ -8,17 +8,25 @@ qemu-img made; what a disk gets is byte for byte what qemu-img would have made f
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nova_imagecache import _entries, _extents, _fs, _qcow2, _qemu
+from nova_imagecache import _entries, _extents, _fs, _qcow2, _qemu, _turns
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 _NAME = "base"
 _MOST = 256
 """Templates kept in memory, about 1 KiB each."""
+
+_PATIENCE = 2.0
+"""Seconds to wait for the thread that makes a template. qemu-img takes some hundredths."""
+
+_Shape = tuple[str, int | None, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +50,15 @@ class Template:
 
 
 class Templates:
-    """The templates below one root. Threads and processes may make the same one at once: they make the same bytes."""
+    """The templates below one root. Of the threads of a process that want a new one together, one makes it; two
+    processes may make one at once: they make the same bytes.
+    """
 
     def __init__(self, root: Path) -> None:
         self._directory = root / "templates"
         self._staging = root / "staging"
-        self._known: dict[tuple[str, int | None, int], Template] = {}
+        self._known: dict[_Shape, Template] = {}
+        self._being_made: dict[_Shape, threading.Event] = {}
 
     def get(self, base_format: str, cluster_size: int | None, size: int) -> Template:
         """The template of overlays of ``size`` bytes; ``cluster_size`` None: qemu-img's own choice.
@@ -55,9 +66,29 @@ class Templates:
         Raises:
             CommandError, NoSpaceError: qemu-img cannot make it.
         """
-        key = (base_format, cluster_size, size)
-        if (known := self._known.get(key)) is not None:
+        shape = (base_format, cluster_size, size)
+        if (known := self._known.get(shape)) is not None:
             return known
+        with self._one_first(shape):
+            return self._known.get(shape) or self._find_or_make(*shape)
+
+    @contextmanager
+    def _one_first(self, shape: _Shape) -> Iterator[None]:
+        """One thread goes ahead; the others follow when it is through, however that ended, or takes too long."""
+        through = threading.Event()
+        first = self._being_made.setdefault(shape, through)
+        if first is not through:
+            with _turns.given_up():
+                first.wait(_PATIENCE)
+            yield
+            return
+        try:
+            yield
+        finally:
+            del self._being_made[shape]
+            through.set()
+
+    def _find_or_make(self, base_format: str, cluster_size: int | None, size: int) -> Template:
         path = self._directory / f"{base_format}.{cluster_size or 'default'}.{size}"
         template = _read(path, size)
         if template is None:
@@ -67,7 +98,7 @@ class Templates:
             raise FileNotFoundError(path)
         if len(self._known) >= _MOST:
             self._known.clear()
-        self._known[key] = template
+        self._known[base_format, cluster_size, size] = template
         return template
 
     def _make(self, path: Path, base_format: str, cluster_size: int | None, size: int) -> None:
