@@ -42,8 +42,9 @@ def crowd(bench: Bench, number: int) -> Iterator[Sample]:
         turns.append(_Turn(case=many, who="nova", processes=processes, threads=threads))
     for turn in turns:
         if turn.who == "ours" or turn.who in bench.peers:
-            with runner.fresh(bench.dir) as root:
-                yield Sample(case=turn.case, who=turn.who, figures=_crowd(bench, turn, root))
+            root = bench.temporary()
+            yield Sample(case=turn.case, who=turn.who, figures=_crowd(bench, turn, root))
+            runner.free(root)
 
 
 def _crowd(bench: Bench, turn: _Turn, root: Path) -> Figures:
@@ -83,7 +84,7 @@ def _summary(answers: Sequence[Figures]) -> Figures:
 
 def at_once(bench: Bench, _number: int) -> Iterator[Sample]:
     """Warm root disks, all at one moment and one after the other."""
-    root = bench.temporary()  # kept, as in warm
+    root = bench.temporary()  # kept until the run ends: see runner.free
     image = bench.image("small").image_id
     config = bench.config(root, source="directory")
     figures = bench.ours("at_once", config=config, image=image, size=_SIZE, n=bench.scale.at_once)

@@ -32,9 +32,7 @@ def warm(bench: Bench, number: int) -> Iterator[Sample]:
 def _warm(bench: Bench, who: str, size: int) -> dict[str, object]:
     many, few = bench.scale.warm_disks
     image = bench.image("small")
-    # kept until the run ends: ext4 without a journal passes one by one over the inodes that were freed in the last
-    # minutes, and what a round removed is then measured in the next one
-    root = bench.temporary()
+    root = bench.temporary()  # kept until the run ends: see runner.free
     if who == "nova":
         return bench.peer("nova", "warm", root, image=bench.served("small").image_id, size=size, n=few)
     if who == "ours":
