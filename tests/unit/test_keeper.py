@@ -19,7 +19,7 @@ from harness.children import child
 from harness.images import MIB, qemu_img
 from harness.rig import Rig
 from harness.upkeep import DAY, HOUR, MINUTE, Clock, Events, allocated, dense, last_used, names, open_cache
-from harness.waiting import Gate
+from harness.waiting import Gate, until
 from nova_imagecache import (
     BaseImage,
     CacheConfig,
@@ -124,8 +124,7 @@ def test_reservations_of_other_processes_are_summed(rig: Rig, held: Held) -> Non
 
     entry = held.entry(engine, "img-5")
     with child(reserve(0)) as one, child(reserve(1)) as two, child(reserve(2)) as three:
-        while gate.arrived < 3:
-            assert engine.root.staging.is_dir()
+        until(lambda: gate.arrived == 3, "three reservations")
         with pytest.raises(NoSpaceError):
             engine.keeper.reserve("img-5", entry, MIB, "admission")
         for process in (one, two, three):
