@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from harness.children import child
 from harness.gates import Gate
 from harness.images import qemu_img
 from nova_imagecache import _fs, _qcow2, _qemu
@@ -114,6 +115,20 @@ def test_a_thread_that_hangs_keeps_the_others_for_a_while_only(tmp_path: Path, m
         assert all(isinstance(one, Template) for one in together(templates, 3))
         gate.open()
         assert hangs.result(20) == templates.get("raw", None, GIB)
+
+
+def test_a_child_waits_for_no_thread_of_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which made a template when it forked."""
+    monkeypatch.setattr("nova_imagecache.backends._templates._PATIENCE", 600.0)
+    gate = Gate(monkeypatch, Templates, "_make")
+    templates = Templates(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        making = pool.submit(templates.get, "raw", None, GIB)
+        gate.wait()
+        with child(lambda: templates.get("raw", None, GIB)) as process:
+            made = process.result()
+        gate.open()
+        assert making.result(20) == made
 
 
 def test_a_damaged_template_is_made_anew(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Templates:
         self._directory = root / "templates"
         self._staging = root / "staging"
         self._known: dict[_Shape, Template] = {}
-        self._being_made: dict[_Shape, threading.Event] = {}
+        self._being_made: dict[tuple[int, _Shape], threading.Event] = {}
 
     def get(self, base_format: str, cluster_size: int | None, size: int) -> Template:
         """The template of overlays of ``size`` bytes; ``cluster_size`` None: qemu-img's own choice.
@@ -76,7 +76,8 @@ class Templates:
     def _one_first(self, shape: _Shape) -> Iterator[None]:
         """One thread goes ahead; the others follow when it is through, however that ended, or takes too long."""
         through = threading.Event()
-        first = self._being_made.setdefault(shape, through)
+        mine = (os.getpid(), shape)  # a child has none of the threads that its parent had at the fork
+        first = self._being_made.setdefault(mine, through)
         if first is not through:
             with _turns.given_up():
                 first.wait(_PATIENCE)
@@ -85,7 +86,7 @@ class Templates:
         try:
             yield
         finally:
-            del self._being_made[shape]
+            del self._being_made[mine]
             through.set()
 
     def _find_or_make(self, base_format: str, cluster_size: int | None, size: int) -> Template:
