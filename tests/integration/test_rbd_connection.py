@@ -14,7 +14,7 @@ import pytest
 
 from harness import rbd as pool
 from nova_imagecache.backends import _rados, _rbd_connection, _rbd_look, _rbd_store
-from nova_imagecache.backends._rados_errors import LOSSES
+from nova_imagecache.backends._rados_errors import LOSSES, StuckError
 from nova_imagecache.backends._rbd_connection import Address, Connection, hold, release
 from nova_imagecache.backends.rbd import RbdBackend
 from nova_imagecache.exceptions import BackendUnavailableError
@@ -28,9 +28,8 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def _empty(ceph: CephCluster) -> Iterator[None]:
-    pool.empty(ceph)
-    yield
-    pool.empty(ceph)
+    with pool.emptied(ceph):
+        yield
 
 
 @pytest.fixture
@@ -128,7 +127,7 @@ def test_two_who_come_first(ceph: CephCluster, tmp_path: Path, monkeypatch: pyte
         assert list(threads.map(lambda _: backend.find_base("img"), range(8))) == [None] * 8
     assert backend.store.connection.holders == 1
     backend.close()
-    assert _rbd_connection._PROCESS.connections == {}
+    assert Address(conf=str(ceph.conf), user="nova") not in _rbd_connection._PROCESS.connections
 
 
 def test_time_limits_make_no_second_connection(ceph: CephCluster, tmp_path: Path, made: list[Any]) -> None:
@@ -142,6 +141,31 @@ def test_time_limits_make_no_second_connection(ceph: CephCluster, tmp_path: Path
         assert float(made[0].conf_get(option)) == 3
     patient.close()
     hasty.close()
+
+
+def test_a_hasty_backend_that_comes_later(ceph: CephCluster, tmp_path: Path, made: list[Any]) -> None:
+    """The connection that is there waits no longer than the newcomer wants: its writes fail, they do not hang."""
+    patient = pool.make_backend(ceph, tmp_path / "one", connect_timeout=30)
+    assert patient.find_base("img") is None
+    hasty = pool.make_backend(ceph, tmp_path / "two", connect_timeout=1)
+    writer = hasty.stage_base("img", "raw")
+    writer.set_size(MIB)
+    ceph.pause_osd()
+    try:
+        start = time.monotonic()
+        writer.write_at(0, bytes(4096))
+        with pytest.raises(BackendUnavailableError) as caught:
+            writer.sync()
+        assert not isinstance(caught.value, StuckError)
+        with pytest.raises(BackendUnavailableError):
+            patient.find_base("img")
+        assert time.monotonic() - start < 15
+    finally:
+        ceph.resume_osd()
+    writer.discard()
+    assert len(made) == 1
+    hasty.close()
+    patient.close()
 
 
 def test_librbd_copies_what_it_writes(ceph: CephCluster, tmp_path: Path, made: list[Any]) -> None:

@@ -48,7 +48,8 @@ class Connection:
         self.address = address
         self.holders = 0
         self.timeout = math.inf
-        """Seconds that the cluster may take to answer: the least that a holder wants when the connection is made."""
+        """Seconds that the cluster may take to answer: the least that any of its holders has asked for."""
+        self._limit = math.inf
         self._lock = threading.Lock()
         self._cluster: Any = None
         self._lost: list[Any] = []
@@ -137,7 +138,12 @@ class Connection:
 
     def _connected(self) -> Any:
         cluster = self._cluster
-        if cluster is not None and self._pid == os.getpid() and self._losses == LOSSES.count:
+        if (
+            cluster is not None
+            and self._pid == os.getpid()
+            and self._losses == LOSSES.count
+            and self._limit == self.timeout
+        ):
             return cluster
         _refuse_forked()
         asked = time.monotonic()
@@ -159,21 +165,24 @@ class Connection:
                     self._failed = (time.monotonic(), err)
                     raise
                 self._pid = os.getpid()
+            elif self._limit != self.timeout:
+                self._limit = self.timeout
+                for option, seconds in _limits(self._limit).items():
+                    self._cluster.conf_set(option, seconds)
             return self._cluster
 
     def _connect(self) -> Any:
         rados, _ = bindings()
         _PROCESS.pid = os.getpid()
-        seconds = str(math.ceil(self.timeout))  # Ceph takes whole ones
-        # connect(timeout=) is ignored; these three count, for the first answer and for each operation
-        limits = {"client_mount_timeout": seconds, "rados_osd_op_timeout": seconds, "rados_mon_op_timeout": seconds}
+        self._limit = self.timeout
         # librbd writes from a copy: without one a write to a dead OSD ends only when the connection lets the bytes go
         writes = {"rbd_disable_zero_copy_writes": "true"}
         what = f"connect as client.{self.address.user} by {self.address.conf}"
         try:
             with answers(what):
                 name = f"client.{self.address.user}"
-                cluster = rados.Rados(conffile=self.address.conf, name=name, conf=limits | writes)
+                # connect(timeout=) is ignored
+                cluster = rados.Rados(conffile=self.address.conf, name=name, conf=_limits(self._limit) | writes)
                 cluster.connect()
         except (NotThereError, RefusedError) as err:
             todo = "Check backend_options.conf and user, and that the keyring the file names is there and readable"
@@ -256,6 +265,12 @@ def release(connection: Connection) -> None:
             return
         _PROCESS.connections.pop(connection.address, None)
     connection.end()
+
+
+def _limits(seconds: float) -> dict[str, str]:
+    """The options by which a client waits so long: for the first answer, and for each operation."""
+    whole = str(math.ceil(seconds))  # Ceph takes whole ones
+    return dict.fromkeys(("client_mount_timeout", "rados_osd_op_timeout", "rados_mon_op_timeout"), whole)
 
 
 def _open_pool(cluster: Any, name: str) -> Ioctx:
