@@ -109,12 +109,19 @@ def open_for_writing(ioctx: Ioctx, *, name: str | None = None, image_id: str | N
 
 @contextmanager
 def changing(ioctx: Ioctx, *, name: str | None = None, image_id: str | None = None) -> Iterator[Image]:
-    """The image, open for writing while the block runs."""
+    """The image, open for writing while the block runs; after a StuckError until the process ends."""
     image = open_for_writing(ioctx, name=name, image_id=image_id)
+    stuck = False
     try:
         yield image
+    except StuckError:
+        stuck = True
+        raise
     finally:
-        close_image(image, name or image_id)
+        if stuck:
+            abandon(image)
+        else:
+            close_image(image, name or image_id)
 
 
 def close_image(image: Image, name: str | None = None) -> None:
@@ -141,7 +148,7 @@ def close_unwritten(ioctx: Ioctx, image: Image) -> None:
 
 
 def abandon(image: Image) -> None:
-    """Never close the image: librbd would wait for ever, here and when Python frees it."""
+    """Have Python never close the image: while an operation hangs librbd would wait for it, perhaps for ever."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(image))
 
 
@@ -187,25 +194,10 @@ def write(image: Any, offset: int, data: bytes, done: Callable[[int], None]) -> 
         image.aio_write(data, offset, ended)
 
 
-def flush(image: Any, seconds: float) -> None:
-    """What was written is on stable storage.
-
-    Raises:
-        StuckError: that takes more than so many seconds. The image can then not even be closed.
-    """
-    codes: list[int] = []
-    ended = threading.Event()
-
-    def end(completion: Any) -> None:
-        codes.append(completion.get_return_value())
-        ended.set()
-
+def flush(image: Any, done: Callable[[int], None]) -> None:
+    """Start putting what was written on stable storage; ``done`` as of ``write``."""
     with answers("flush"):
-        image.aio_flush(end)
-    if not ended.wait(seconds):
-        raise StuckError(f"a flush neither ends nor fails in {seconds:g} s")
-    if codes[0] < 0:
-        raise error_of(-codes[0], "flush failed")
+        image.aio_flush(lambda completion: done(completion.get_return_value()))
 
 
 def create_snapshot(image: Any, name: str) -> None:

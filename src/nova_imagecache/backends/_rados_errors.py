@@ -60,7 +60,11 @@ class ConnectionLostError(BackendUnavailableError):
 
 
 class StuckError(BackendUnavailableError):
-    """Writes neither end nor fail: librbd waits for ever for an image that was removed under it."""
+    """Writes neither end nor fail.
+
+    librbd waits for ever for an image that was removed under it, and for the lock of one that another client has, until
+    that gives it back or is thrown out.
+    """
 
     default_todo = "Call again; if the process stood still for long, recover on another host has taken it for dead"
 

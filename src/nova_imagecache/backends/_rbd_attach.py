@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _entries
@@ -17,7 +18,7 @@ from nova_imagecache.backends import (
     _rbd_going,
     _rbd_look,
 )
-from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError, error_of
+from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError, StuckError, error_of
 from nova_imagecache.backends._rbd_disks import RbdDisks
 from nova_imagecache.backends._rbd_names import disk_name
 
@@ -136,11 +137,15 @@ def _copy_differences(source: Image, target: Image, seconds: float) -> None:
         _entries.go_on()
         wanted = _rbd_look.read(source, offset, length)
         if wanted != _rbd_look.read(target, offset, length):
-            failures: list[int] = []
-            _rados.write(target, offset, wanted, failures.append)
-            _rados.flush(target, seconds)
-            if any(code < 0 for code in failures):
-                raise error_of(-min(failures), "copying a disk's own data failed")
+            codes: SimpleQueue[int] = SimpleQueue()
+            _rados.write(target, offset, wanted, codes.put)
+            _rados.flush(target, codes.put)
+            try:
+                code = min(codes.get(timeout=seconds), codes.get(timeout=seconds))
+            except Empty:
+                raise StuckError("writes of a disk's own data neither end nor fail") from None
+            if code < 0:
+                raise error_of(-code, "copying a disk's own data failed")
 
 
 def _pieces(extents: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nova_imagecache import _records
@@ -22,6 +24,8 @@ from nova_imagecache.backends._rados_errors import ExistsError, StuckError, erro
 from nova_imagecache.backends._rbd_names import FINAL, LAST_USED, RECORD, SNAPSHOT, SUMS, base_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nova_imagecache.backends._rbd_bases import RbdBases
 
 _IN_FLIGHT = 8
@@ -42,8 +46,9 @@ class RbdWriter(BaseWriter):
         self._image_id = image_id
         self._final = base_name(image_id)
         self._lock = threading.Lock()
-        self._settling = threading.Lock()
-        self._slots = threading.BoundedSemaphore(_IN_FLIGHT)
+        self._landing = threading.Condition()
+        self._in_flight: set[int] = set()
+        self._numbers = itertools.count()
         self._failure: int | None = None
         self._size = self._room = 0
         self._published = self._stuck = False
@@ -82,19 +87,28 @@ class RbdWriter(BaseWriter):
             if end > self._room:
                 self._resize(end if end <= self._size else -(-end // _STEP) * _STEP)
             self._size = max(self._size, end)
-        self._take_slot()
+        self._raise_failure()
+        self._begin(lambda image, ended: _rados.write(image, offset, bytes(buffer), ended))
+
+    def _begin(self, operation: Callable[[_rados.Image, Callable[[int], None]], None]) -> None:
+        """Start what calls its second argument when it has ended or failed; few are in flight at once."""
+        with self._landing:
+            self._wait_for(lambda: len(self._in_flight) < _IN_FLIGHT)
+            number = next(self._numbers)
+            self._in_flight.add(number)
         try:
-            self._raise_failure()
-            _rados.write(self._live(), offset, bytes(buffer), self._written)
+            operation(self._live(), partial(self._ended, number))
         except BaseException:
-            self._slots.release()
+            self._ended(number, 0)
             raise
 
-    def _written(self, code: int) -> None:
+    def _ended(self, number: int, code: int) -> None:
         # in a thread of librbd
-        if code < 0 and self._failure is None:
-            self._failure = -code
-        self._slots.release()
+        with self._landing:
+            if code < 0 and self._failure is None:
+                self._failure = -code
+            self._in_flight.discard(number)
+            self._landing.notify_all()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -102,15 +116,15 @@ class RbdWriter(BaseWriter):
                 raise error_of(self._failure, f"writing {self._staging} failed")
 
     def _settle(self) -> None:
-        """Come back when no write is in flight."""
-        with self._settling:  # two that gather slots would wait for each other
-            for _ in range(_IN_FLIGHT):
-                self._take_slot()
-            for _ in range(_IN_FLIGHT):
-                self._slots.release()
+        """Come back when nothing is in flight that was when it was called."""
+        with self._landing:
+            waiting = set(self._in_flight)
+            while left := waiting & self._in_flight:
+                self._wait_for(partial(left.difference, self._in_flight))  # those that have landed
+            self._stuck = False
 
-    def _take_slot(self) -> None:
-        if self._stuck or not self._slots.acquire(timeout=self._store.longest):
+    def _wait_for(self, landed: Callable[[], object]) -> None:
+        if not self._landing.wait_for(landed, 0 if self._stuck else self._store.longest):
             self._stuck = True
             raise StuckError(f"writes to {self._staging} neither end nor fail")
 
@@ -127,12 +141,9 @@ class RbdWriter(BaseWriter):
     def sync(self) -> None:
         self._settle()
         self._raise_failure()
-        with self._store.room():
-            try:
-                _rados.flush(self._live(), self._store.longest)
-            except StuckError:
-                self._stuck = True
-                raise
+        self._begin(_rados.flush)
+        self._settle()
+        self._raise_failure()
 
     # --- the end
 
@@ -194,9 +205,12 @@ class RbdWriter(BaseWriter):
     def _close(self) -> None:
         image, self._image = self._image, None
         if image is not None:
-            with suppress(StuckError):
+            try:
                 self._settle()
-            (_rados.abandon if self._stuck else _rados.close_image)(image)
+            except StuckError:
+                self._store.leave(image, lambda: not self._in_flight)
+            else:
+                _rados.close_image(image)
 
     def leave_to_parent(self) -> None:
         """In a forked child: the image is its parent's."""
@@ -216,5 +230,5 @@ class RbdWriter(BaseWriter):
             try:
                 self._close()
             finally:
-                if not self._published:
+                if not self._published and not self._stuck:  # else this process has it open
                     self._store.drop(self._rbd_id or self._store.id_of(staging), staging, self._final)
