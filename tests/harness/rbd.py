@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nova_imagecache.backends import BackendPaths, BaseRecord
+from nova_imagecache.backends import BackendPaths, BaseRecord, _rbd_connection
 from nova_imagecache.backends._rados import close_unwritten
 from nova_imagecache.backends.rbd import RbdBackend
 from services.ceph import CephCluster
@@ -29,9 +29,14 @@ def options(cluster: CephCluster, **changes: Any) -> dict[str, Any]:
     return {"conf": str(cluster.conf), "user": "nova", "pool": "vms", "connect_timeout": 5, **changes}
 
 
+_MADE: list[RbdBackend] = []
+
+
 def make_backend(cluster: CephCluster, directory: Path, **changes: Any) -> RbdBackend:
     """The backend over the cluster; its files are below ``directory``."""
-    return RbdBackend(options(cluster, **changes), BackendPaths(root=directory / "root", disks_dir=directory / "disks"))
+    paths = BackendPaths(root=directory / "root", disks_dir=directory / "disks")
+    _MADE.append(RbdBackend(options(cluster, **changes), paths))
+    return _MADE[-1]
 
 
 def record(image_id: str, size: int, **changes: Any) -> BaseRecord:
@@ -168,6 +173,24 @@ def empty(cluster: CephCluster, pool: str = "vms") -> None:
             time.sleep(0.1)
         for key in leftovers(cluster, pool):
             ioctx.remove_object(key)
+
+
+@contextlib.contextmanager
+def emptied(cluster: CephCluster, *pools: str) -> Iterator[None]:
+    """Run a test over pools that are empty, ``vms`` if none is named, and leave them so.
+
+    The test closes what it opens; where it fails before that, the tests after it do not find it open.
+    """
+    for pool in pools or ("vms",):
+        empty(cluster, pool)
+    before = set(_rbd_connection._PROCESS.connections)
+    yield
+    left = set(_rbd_connection._PROCESS.connections) - before
+    while _MADE:
+        _MADE.pop().close()
+    for pool in pools or ("vms",):
+        empty(cluster, pool)
+    assert not left, f"left open: {left}"
 
 
 def _remove_all(rbd: Any, ioctx: Any) -> list[str]:

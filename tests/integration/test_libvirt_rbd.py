@@ -28,9 +28,8 @@ SIZE = 4 * MIB
 
 @pytest.fixture(autouse=True)
 def _empty(ceph: CephCluster) -> Iterator[None]:
-    pool.empty(ceph)
-    yield
-    pool.empty(ceph)
+    with pool.emptied(ceph):
+        yield
 
 
 @pytest.fixture

@@ -34,11 +34,8 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def _empty(ceph: CephCluster) -> Iterator[None]:
-    for name in ("vms", "images"):
-        pool.empty(ceph, name)
-    yield
-    for name in ("vms", "images"):
-        pool.empty(ceph, name)
+    with pool.emptied(ceph, "vms", "images"):
+        yield
 
 
 def make_cache(ceph: CephCluster, directory: Path, images: dict[str, FakeImage], **changes: Any) -> ImageCache:

@@ -42,9 +42,8 @@ PATTERN = bytes(range(256)) * 16
 
 @pytest.fixture(autouse=True)
 def _empty(ceph: CephCluster) -> Iterator[None]:
-    pool.empty(ceph)
-    yield
-    pool.empty(ceph)
+    with pool.emptied(ceph):
+        yield
 
 
 def make_cache(ceph: CephCluster, directory: Path, source: Any, **changes: Any) -> ImageCache:

@@ -60,9 +60,8 @@ with ImageCache(config, source=source, backend=pool.from_spec(sys.argv[1])) as c
 
 @pytest.fixture(autouse=True)
 def _empty(ceph: CephCluster) -> Iterator[None]:
-    pool.empty(ceph)
-    yield
-    pool.empty(ceph)
+    with pool.emptied(ceph):
+        yield
 
 
 def start(ceph: CephCluster, directory: Path, user: str, *, seconds: int, stalled: bool = False) -> Host:

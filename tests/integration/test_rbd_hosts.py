@@ -45,9 +45,8 @@ with ImageCache(config, source=source, backend=pool.from_spec(sys.argv[1])) as c
 
 @pytest.fixture(autouse=True)
 def _empty(ceph: CephCluster) -> Iterator[None]:
-    pool.empty(ceph)
-    yield
-    pool.empty(ceph)
+    with pool.emptied(ceph):
+        yield
 
 
 @pytest.fixture

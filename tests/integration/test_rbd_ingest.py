@@ -31,9 +31,8 @@ SIZE = 24 * MIB
 
 @pytest.fixture(autouse=True)
 def _empty(ceph: CephCluster) -> Iterator[None]:
-    pool.empty(ceph)
-    yield
-    pool.empty(ceph)
+    with pool.emptied(ceph):
+        yield
 
 
 def make_cache(ceph: CephCluster, directory: Path, sample: Sample) -> ImageCache:

@@ -30,9 +30,8 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def _empty(ceph: CephCluster) -> Iterator[None]:
-    pool.empty(ceph)
-    yield
-    pool.empty(ceph)
+    with pool.emptied(ceph):
+        yield
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ class RaceContract(CrashContract):
 
     def test_publishers_in_processes(self, paths: BackendPaths) -> None:
         """Of many processes that publish one image at once, one wins; what is found is all one's."""
+        self._need_forks()
 
         def publish(backend: Backend, *, number: int) -> None:
             writer = self.stage(backend, "img", self.sample(backend, f"racer-{number}"))
@@ -114,6 +115,7 @@ class RaceContract(CrashContract):
 
     def test_creators_in_processes(self, paths: BackendPaths) -> None:
         """Of many processes that make one disk at once, exactly one does; the others get DiskExistsError."""
+        self._need_forks()
         backend = self.make_backend(paths)
         base = self.publish(backend, "img")
 
@@ -171,10 +173,12 @@ class RaceContract(CrashContract):
 
     # --- processes
 
-    def _in_processes(self, paths: BackendPaths, work: Callable[..., None]) -> None:
-        """Do the work in several forked processes, all started at the same moment."""
+    def _need_forks(self) -> None:
         if not self.forks or type(self).act_in_child is not CrashContract.act_in_child:
             pytest.skip("this storage is not seen by forked children")
+
+    def _in_processes(self, paths: BackendPaths, work: Callable[..., None]) -> None:
+        """Do the work in several forked processes, all started at the same moment."""
         starting, started = os.pipe()
         with warnings.catch_warnings():
             # as in act_in_child
