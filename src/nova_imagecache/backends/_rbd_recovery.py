@@ -56,7 +56,7 @@ class RecoverableRbd(AttachableDisks):
     def recover(self) -> RecoveryReport:
         notes = _Notes()
         trash, names = _rbd_look.trash(self.store.io), _rbd_look.names(self.store.io)
-        self.store.close_left()  # nobody may have open what is swept
+        self.store.left.close_ended()  # nobody may have open what is swept
         # disks and what is unfinished first: they are clones, which retired bases wait for
         for entry in trash:
             if not entry.name.startswith(BASE):

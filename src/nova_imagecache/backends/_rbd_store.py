@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, TypeVar
 from nova_imagecache.backends import RbdLocation, _rados, _rados_claims, _rbd_look, _rbd_room
 from nova_imagecache.backends._rados_errors import BusyError, ExistsError, NotThereError, UnfinishedError
 from nova_imagecache.backends._rbd_connection import Address, Connection, hold, release
+from nova_imagecache.backends._rbd_left import LeftImages
 from nova_imagecache.backends._rbd_names import BASE, FINAL, SUMS
 from nova_imagecache.backends._rbd_options import FEATURES, LAYERING, RbdOptions
 from nova_imagecache.backends._rbd_owner import Owner, is_unfinished
-from nova_imagecache.exceptions import BackendError, BackendUnavailableError
+from nova_imagecache.exceptions import BackendUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nova_imagecache.backends._rados import Image, Ioctx
+    from nova_imagecache.backends._rados import Ioctx
 
 _T = TypeVar("_T")
 
@@ -47,7 +48,7 @@ class Store:
         self._held: Connection | None = None
         self.endings: set[Callable[[], None]] = set()
         """Called by ``close``: librbd waits for ever for an image to close whose connection is gone."""
-        self._left: list[tuple[Image, Callable[[], bool]]] = []
+        self.left = LeftImages()
         self._features: int | None = None
         self._protection: tuple[float, bool] | None = None
         self.protected: set[tuple[str, str]] = set()
@@ -84,24 +85,6 @@ class Store:
         owner: Owner = connection.shared(Owner, pool, lambda: Owner(connection, pool))
         return owner
 
-    def leave(self, image: Image, has_ended: Callable[[], bool]) -> None:
-        """Close the image some time when that does not hang: ``close_left`` does, once its operations have ended."""
-        _rados.abandon(image)
-        with self._lock:
-            self._left.append((image, has_ended))
-
-    def close_left(self) -> None:
-        """Close the images that were left while an operation hung, if that has ended since."""
-        with self._lock:
-            left, self._left = self._left, []
-        for image, has_ended in left:
-            if has_ended():
-                with contextlib.suppress(BackendError):
-                    _rados.close_image(image)
-            else:
-                with self._lock:
-                    self._left.append((image, has_ended))
-
     def close(self) -> None:
         """Give the connection back; what still hangs on to it is ended before."""
         with self._lock:
@@ -110,7 +93,7 @@ class Store:
             return
         for call in list(self.endings):
             call()
-        self.close_left()
+        self.left.close_ended()
         with self._lock:
             held, self._held = self._held, None
         if held is not None:

@@ -208,7 +208,7 @@ class RbdWriter(BaseWriter):
             try:
                 self._settle()
             except StuckError:
-                self._store.leave(image, lambda: not self._in_flight)
+                self._store.left.leave(image, lambda: not self._in_flight)
             else:
                 _rados.close_image(image)
 
