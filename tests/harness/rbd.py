@@ -175,6 +175,35 @@ def empty(cluster: CephCluster, pool: str = "vms") -> None:
             ioctx.remove_object(key)
 
 
+_TAKE_LOCK = """
+import sys, rados, rbd
+with rados.Rados(conffile=sys.argv[1], name="client.admin") as cluster, cluster.open_ioctx("vms") as vms:
+    with rbd.Image(vms, sys.argv[2]) as image:
+        image.write(b"theirs", 0)
+        print("locked", flush=True)
+        sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def lock_taken(cluster: CephCluster, name: str) -> Iterator[None]:
+    """Another client has the image's lock, and stands still while the block runs."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _TAKE_LOCK, str(cluster.conf), name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as peer:
+        assert peer.stdout is not None
+        assert peer.stdout.readline() == "locked\n"
+        peer.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            peer.send_signal(signal.SIGCONT)
+            peer.communicate(timeout=60)
+
+
 @contextlib.contextmanager
 def emptied(cluster: CephCluster, *pools: str) -> Iterator[None]:
     """Run a test over pools that are empty, ``vms`` if none is named, and leave them so.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from harness import rbd as pool
 from harness.images import raw
+from harness.waiting import until
 from nova_imagecache import (
     BackendUnavailableError,
     CacheConfig,
@@ -22,6 +24,7 @@ from nova_imagecache import (
     ImageCache,
 )
 from nova_imagecache.backends import _rados, _rbd_attach, _rbd_look
+from nova_imagecache.backends._rados_errors import StuckError
 from nova_imagecache.backends._rbd_disks import RbdDisks
 from nova_imagecache.backends._rbd_names import GOING
 from nova_imagecache.backends.rbd import RbdBackend
@@ -110,6 +113,35 @@ def test_a_disk_without_its_name_is_there(
     assert guests(ceph) == WRITTEN
     cache.recover()
     assert pool.names(ceph) == ["base.img", "vm-2_disk", "vm_disk"]
+
+
+def test_writes_that_hang(
+    ceph: CephCluster, cache: ImageCache, backend: RbdBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is as before at once, and what was made of the new one goes with recover, when that no longer hangs."""
+    monkeypatch.setattr(type(backend.store), "longest", 1.0)
+    with contextlib.ExitStack() as peer:
+        true_write, taken = _rados.write, []
+
+        def write(image: Any, *arguments: Any) -> None:
+            [name] = [name for name in pool.names(ceph) if name.startswith("staging.vm_disk")]
+            peer.enter_context(pool.lock_taken(ceph, name))
+            taken.append(time.monotonic())
+            true_write(image, *arguments)
+
+        with monkeypatch.context() as hanging:
+            hanging.setattr(_rados, "write", write)
+            with pytest.raises(StuckError):
+                cache.attach_root_disk("img", "vm")
+        assert time.monotonic() - taken[0] < 4, "Ceph takes a client for dead after five seconds"
+        assert guests(ceph) == WRITTEN
+        assert cache.recover().failed == {}
+        assert "vm_disk" in pool.names(ceph)
+    until(lambda: not cache.recover().alive, "the new disk to be closed")
+    cache.attach_root_disk("img", "vm")
+    assert guests(ceph) == WRITTEN
+    cache.recover()
+    assert pool.names(ceph) == ["base.img", "vm_disk"]
 
 
 def test_another_host_makes_the_disk_meanwhile(

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -135,35 +131,6 @@ def test_an_image_that_was_removed_under_its_writer(
         assert pool.names(ceph) == []
 
 
-_TAKE_LOCK = """
-import sys, rados, rbd
-with rados.Rados(conffile=sys.argv[1], name="client.admin") as cluster, cluster.open_ioctx("vms") as vms:
-    with rbd.Image(vms, sys.argv[2]) as image:
-        image.write(b"theirs", 0)
-        print("locked", flush=True)
-        sys.stdin.read()
-"""
-
-
-@contextlib.contextmanager
-def lock_taken(ceph: CephCluster, name: str) -> Iterator[None]:
-    """Another client has the image's lock, and stands still while the block runs."""
-    with subprocess.Popen(
-        [sys.executable, "-c", _TAKE_LOCK, str(ceph.conf), name],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as peer:
-        assert peer.stdout is not None
-        assert peer.stdout.readline() == "locked\n"
-        peer.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            peer.send_signal(signal.SIGCONT)
-            peer.communicate(timeout=60)
-
-
 @pytest.mark.parametrize("act", [lambda writer: writer.write_at(0, b"x" * 4096), lambda _: None])
 def test_writes_that_hang_and_end_after_all(
     ceph: CephCluster, backend: RbdBackend, monkeypatch: pytest.MonkeyPatch, act: Callable[[Any], None]
@@ -175,7 +142,7 @@ def test_writes_that_hang_and_end_after_all(
     writer.sync()
     [name] = [name for name in pool.names(ceph) if name.startswith("staging.img")]
     monkeypatch.setattr(type(backend.store), "longest", 1.0)
-    with lock_taken(ceph, name):
+    with pool.lock_taken(ceph, name):
         act(writer)
         start = time.monotonic()
         with pytest.raises(StuckError):

@@ -13,7 +13,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nova_imagecache.backends._rados_errors import NotThereError, RefusedError, StuckError, error_of
+from nova_imagecache.backends._rados_errors import NotThereError, RefusedError, error_of
 from nova_imagecache.exceptions import BackendError
 
 if TYPE_CHECKING:
@@ -109,19 +109,12 @@ def open_for_writing(ioctx: Ioctx, *, name: str | None = None, image_id: str | N
 
 @contextmanager
 def changing(ioctx: Ioctx, *, name: str | None = None, image_id: str | None = None) -> Iterator[Image]:
-    """The image, open for writing while the block runs; after a StuckError until the process ends."""
+    """The image, open for writing while the block runs."""
     image = open_for_writing(ioctx, name=name, image_id=image_id)
-    stuck = False
     try:
         yield image
-    except StuckError:
-        stuck = True
-        raise
     finally:
-        if stuck:
-            abandon(image)
-        else:
-            close_image(image, name or image_id)
+        close_image(image, name or image_id)
 
 
 def close_image(image: Image, name: str | None = None) -> None:

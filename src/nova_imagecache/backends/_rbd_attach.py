@@ -80,6 +80,8 @@ class AttachableDisks(RbdDisks):
                     _refuse_used(source, disk)
                 new = self._clone(base, staging, final, disk.virtual_size)
                 self._swap(base, old, new, staging, disk)
+            except StuckError:
+                raise  # this process has the new one open: it is left to recover
             except BaseException:
                 self.store.drop(new or self.store.id_of(staging), staging, final)
                 raise
@@ -95,14 +97,15 @@ class AttachableDisks(RbdDisks):
         final, mark = disk_name(disk.disk_id, disk.name), _rbd_going.going(by=new, maker=staging)
         try:
             # open for writing all the time, so that others see that the old one waits for it
-            with _rados.changing(self.store.io, image_id=new) as target:
+            target = _Target(_rados.open_for_writing(self.store.io, image_id=new), self.store.longest)
+            with self.store.left.closing(target.image, target.has_ended):
                 # before anything is read: without a name nobody opens it any more
                 _rbd_going.take_out(self.store, old, final, mark)
                 with _rbd_look.opened_by_id(self.store.io, old) as source:
                     _refuse_used(source, disk)
                     if (size := source.size()) != disk.virtual_size:  # another host has grown it
-                        _rados.resize(target, size)
-                    _copy_differences(source, target, self.store.longest)
+                        _rados.resize(target.image, size)
+                    _copy_differences(source, target)
                     _refuse_used(source, disk)  # who had found the name just before it went
             self.store.publish(new, staging, final)
         except BaseException as err:
@@ -129,23 +132,44 @@ def _refuse_used(image: Image, disk: RootDisk) -> None:
         raise DiskInUseError(detail, disk_id=disk.disk_id, name=disk.name, stage="attach", todo=todo)
 
 
-def _copy_differences(source: Image, target: Image, seconds: float) -> None:
+class _Target:
+    """The new clone, written piece by piece."""
+
+    def __init__(self, image: Image, seconds: float) -> None:
+        self.image = image
+        self._seconds = seconds
+        self._codes: SimpleQueue[int] = SimpleQueue()
+        self._awaited = 0
+
+    def write(self, offset: int, data: bytes) -> None:
+        _rados.write(self.image, offset, data, self._codes.put)
+        self._awaited += 1
+        _rados.flush(self.image, self._codes.put)
+        self._awaited += 1
+        if (code := min(self._next(), self._next())) < 0:
+            raise error_of(-code, "copying a disk's own data failed")
+
+    def _next(self) -> int:
+        try:
+            code = self._codes.get(timeout=self._seconds)
+        except Empty:
+            raise StuckError("writes of a disk's own data neither end nor fail") from None
+        self._awaited -= 1
+        return code
+
+    def has_ended(self) -> bool:
+        return self._codes.qsize() >= self._awaited
+
+
+def _copy_differences(source: Image, target: _Target) -> None:
     """Write to ``target`` whatever ``source`` holds otherwise; both are of one size. Reads all data of both."""
     # what neither holds anything in is zeros in both; a discarded object of a clone is told by its parent's data
-    extents = [*_rbd_look.data_extents(source, fixed=False), *_rbd_look.data_extents(target, fixed=False)]
+    extents = [*_rbd_look.data_extents(source, fixed=False), *_rbd_look.data_extents(target.image, fixed=False)]
     for offset, length in _pieces(extents):
         _entries.go_on()
         wanted = _rbd_look.read(source, offset, length)
-        if wanted != _rbd_look.read(target, offset, length):
-            codes: SimpleQueue[int] = SimpleQueue()
-            _rados.write(target, offset, wanted, codes.put)
-            _rados.flush(target, codes.put)
-            try:
-                code = min(codes.get(timeout=seconds), codes.get(timeout=seconds))
-            except Empty:
-                raise StuckError("writes of a disk's own data neither end nor fail") from None
-            if code < 0:
-                raise error_of(-code, "copying a disk's own data failed")
+        if wanted != _rbd_look.read(target.image, offset, length):
+            target.write(offset, wanted)
 
 
 def _pieces(extents: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from nova_imagecache.backends import _rados
+from nova_imagecache.backends._rados_errors import StuckError
 from nova_imagecache.exceptions import BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 class LeftImages:
@@ -25,6 +26,19 @@ class LeftImages:
         _rados.abandon(image)
         with self._lock:
             self._left.append((image, has_ended))
+
+    @contextmanager
+    def closing(self, image: _rados.Image, has_ended: Callable[[], bool]) -> Iterator[None]:
+        """Close the image after the block; after a StuckError leave it."""
+        try:
+            yield
+        except StuckError:
+            self.leave(image, has_ended)
+            raise
+        except BaseException:
+            _rados.close_image(image)
+            raise
+        _rados.close_image(image)
 
     def close_ended(self) -> None:
         """Close those that no longer hang."""
