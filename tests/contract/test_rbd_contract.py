@@ -84,7 +84,7 @@ class OnRbd(CrashContract):
                 yield
             finally:
                 self.ceph.set_quota("vms", 0)
-                until(lambda: not pool.is_full(self.ceph), "room in the pool")
+                until(lambda: pool.has_room(self.ceph), "room in the pool")
                 ioctx.remove_object("filler")
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import signal
@@ -139,9 +140,31 @@ def _set_size(ioctx: Any, header: str, value: bytes) -> None:
 
 
 def is_full(cluster: CephCluster, pool: str = "vms") -> bool:
-    """Whether the monitor has noticed that the pool's quota is reached."""
-    pools = cluster.command("osd pool ls", detail="detail")
-    return "full" in next(str(one["flags_names"]) for one in pools if one["pool_name"] == pool)
+    """Whether the pool refuses what takes room: the monitor has noticed that its quota is reached, and told the osd."""
+    return _refuses(cluster, pool) == {True}
+
+
+def has_room(cluster: CephCluster, pool: str = "vms") -> bool:
+    """Whether the pool takes what takes room: the opposite of ``is_full`` is known to all of it some time later."""
+    return _refuses(cluster, pool) == {False}
+
+
+def _refuses(cluster: CephCluster, pool: str) -> set[bool]:
+    rados, _ = bindings()
+    answers = set()
+    with cluster.pool(pool) as ioctx:
+        ioctx.set_osdmap_full_try()
+        for number in range(32):  # each placement group learns of it by itself
+            try:
+                ioctx.write_full(f"probe.{number}", b"1")
+            except rados.Error as err:
+                if err.errno not in (errno.EDQUOT, errno.ENOSPC):
+                    raise
+                answers.add(True)
+            else:
+                ioctx.remove_object(f"probe.{number}")
+                answers.add(False)
+    return answers
 
 
 def claims(cluster: CephCluster, pool: str = "vms") -> list[str]:

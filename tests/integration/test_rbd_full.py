@@ -137,7 +137,7 @@ def test_a_full_pool_refuses_at_once(ceph: CephCluster, tmp_path: Path) -> None:
         at_once(writer.discard)
         assert pool.names(ceph, "small") == ["base.img", "vm_disk"]
         ceph.set_quota("small", 0)
-        until(lambda: not pool.is_full(ceph, "small"), "room")
+        until(lambda: pool.has_room(ceph, "small"), "room")
         cache.create_root_disk("late", "vm-2")
 
 
