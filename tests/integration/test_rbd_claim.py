@@ -18,8 +18,8 @@ from harness.hosts import Host
 from harness.images import qcow2, raw
 from harness.waiting import until
 from nova_imagecache import CacheConfig, ImageCache, ImageCorruptError
-from nova_imagecache.backends import Claim, _rados_claims, _rbd_claim
-from nova_imagecache.exceptions import BackendUnavailableError
+from nova_imagecache.backends import Claim, _rados_claims, _rbd_claim, _rbd_connection
+from nova_imagecache.exceptions import BackendError, BackendUnavailableError
 from nova_imagecache.testing import FakeImage, FakeSource
 from services.ceph import CephCluster
 
@@ -162,6 +162,21 @@ def test_a_claim_is_one_holders(ceph: CephCluster, tmp_path: Path) -> None:
         again = backend.claim_import("img")
         assert again is not None
         again.release()
+
+
+def test_a_claim_ends_with_its_backend(ceph: CephCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing the backend gives back a claim that nobody released: no thread renews it over a new connection."""
+    monkeypatch.setattr(_rbd_claim, "RENEWAL", 0.05)
+    backend = pool.make_backend(ceph, tmp_path)
+    claim = backend.claim_import("img")
+    assert claim is not None
+    backend.close()
+    assert pool.claims(ceph) == []
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("claim of")] == []
+    claim.release()
+    with pytest.raises(BackendError, match="has been closed"):
+        backend.find_base("img")
+    assert not _rbd_connection._PROCESS.connections
 
 
 def test_renewals_that_fail_are_logged(

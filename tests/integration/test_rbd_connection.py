@@ -61,7 +61,7 @@ def test_old_news_of_a_loss_costs_no_connection(ceph: CephCluster, tmp_path: Pat
     deadline = time.monotonic() + 20
     while True:
         try:
-            backend.claim_import("img")
+            backend.find_base("img")
         except BackendUnavailableError:
             break
         assert time.monotonic() < deadline

@@ -57,11 +57,13 @@ class _Held(Claim):
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name=f"claim of {image_id}", daemon=True)
         self._thread.start()
+        store.endings.add(self.release)
 
     def release(self) -> None:
         if self._released.is_set():
             return
         self._released.set()
+        self._store.endings.discard(self.release)
         self._thread.join()  # a renewal after the removal would make the object again
         try:
             _rados_claims.remove_claimed(self._store.io, OBJECT + self._image_id, self._cookie)

@@ -20,7 +20,7 @@ from nova_imagecache.backends._rbd_left import LeftImages
 from nova_imagecache.backends._rbd_names import BASE, FINAL, SUMS
 from nova_imagecache.backends._rbd_options import FEATURES, LAYERING, RbdOptions
 from nova_imagecache.backends._rbd_owner import Owner, is_unfinished
-from nova_imagecache.exceptions import BackendUnavailableError
+from nova_imagecache.exceptions import BackendError, BackendUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,8 +46,10 @@ class Store:
         self._address = Address(conf=options.conf, user=options.user)
         self._lock = threading.Lock()
         self._held: Connection | None = None
+        self._closed = False
         self.endings: set[Callable[[], None]] = set()
-        """Called by ``close``: librbd waits for ever for an image to close whose connection is gone."""
+        """Called by ``close``: librbd waits for ever for an image to close whose connection is gone, and a claim that
+        nobody ends would be renewed for ever."""
         self.left = LeftImages()
         self._features: int | None = None
         self._protection: tuple[float, bool] | None = None
@@ -57,8 +59,14 @@ class Store:
 
     @property
     def connection(self) -> Connection:
-        """The process's connection to the cluster."""
+        """The process's connection to the cluster.
+
+        Raises:
+            BackendError: the backend is closed; a connection that a thread of it made now would never be given back.
+        """
         with self._lock:
+            if self._closed:
+                raise BackendError("the backend has been closed", todo="Make another one")
             if self._held is None:
                 self._held = hold(self._address, self.options.connect_timeout)
             return self._held
@@ -89,13 +97,13 @@ class Store:
         """Give the connection back; what still hangs on to it is ended before."""
         with self._lock:
             held = self._held
-        if held is None or held.is_anothers:
+        if held is not None and held.is_anothers:
             return
         for call in list(self.endings):
             call()
         self.left.close_ended()
         with self._lock:
-            held, self._held = self._held, None
+            held, self._held, self._closed = self._held, None, True
         if held is not None:
             release(held)
 
