@@ -84,7 +84,7 @@ class Fetcher:
             replaced = self._replaced(image_id, expect)
             limits = _admission.Limits(disk_size=disk_size, max_virtual_size=self.config.max_virtual_size)
             _admission.judge_metadata(image, limits)
-            if (adopted := self._adopt(image, source, expect, watch)) is not None:
+            if (adopted := self._adopt(image, source, expect, find, watch)) is not None:
                 _admission.judge_size(adopted.virtual_size, image_id, limits)  # nobody may have announced it
                 return adopted
             if replaced is not None:
@@ -116,7 +116,14 @@ class Fetcher:
                     _log.warning("image %s: the storage ran full; room was made, trying once more", image_id)
                     return attempt()
 
-    def _adopt(self, image: ImageInfo, source: GuardedSource, expect: Digest | None, watch: Watch) -> BaseImage | None:
+    def _adopt(
+        self,
+        image: ImageInfo,
+        source: GuardedSource,
+        expect: Digest | None,
+        find: Callable[[], BaseImage | None],
+        watch: Watch,
+    ) -> BaseImage | None:
         """The image where it already lies, or where its service copies it to; None: it must be brought in."""
         if expect is not None and image.digest != expect:  # adopted bytes are never looked at
             return None
@@ -125,13 +132,32 @@ class Fetcher:
         image = self._located(image, source, watch)
         if (adopted := self.backend.adopt_base(image)) is not None:
             return adopted
-        store = self.backend.wanted_store(image)
-        if store is None or image.status != "active":
+        if image.status != "active" or self.backend.wanted_store(image) is None:
             return None
-        _log.info("image %s: asking for a copy in store %s", image.image_id, store)
-        copied = source.copy_to_store(image, store, lambda: watch.check("copy to store"))
-        # a service that shows no places shows none of a copy either
-        return None if copied is None else self.backend.adopt_base(self._located(copied, source, watch))
+        return self._copied(image, source, find, watch)
+
+    def _copied(
+        self, image: ImageInfo, source: GuardedSource, find: Callable[[], BaseImage | None], watch: Watch
+    ) -> BaseImage | None:
+        """The image where its service has copied it to. Of all hosts one asks for that at a time.
+
+        Glance looks whether it has a copy before it locks the image: of two who ask at once it may take the second when
+        the first's copy is there, finds that in its way, and deletes it.
+        """
+        with self._claim(image.image_id, find, watch) as theirs:
+            if theirs is not None:
+                return theirs
+            now = attended(lambda: source.get(image.image_id), lambda: watch.check("metadata"))
+            now = self._located(now, source, watch)
+            if (adopted := self.backend.adopt_base(now)) is not None:
+                return adopted
+            store = self.backend.wanted_store(now)
+            if store is None or now.status != "active":
+                return None
+            _log.info("image %s: asking for a copy in store %s", image.image_id, store)
+            copied = source.copy_to_store(now, store, lambda: watch.check("copy to store"))
+            # a service that shows no places shows none of a copy either
+            return None if copied is None else self.backend.adopt_base(self._located(copied, source, watch))
 
     def _adopt_as_shown(self, image: ImageInfo) -> BaseImage | None:
         try:
