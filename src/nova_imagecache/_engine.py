@@ -137,10 +137,12 @@ class Engine:
             self._start()
         source = self.source if call.source is None else GuardedSource(call.source)
         fetched, failed = threading.Event(), threading.Event()
+        found: BaseImage | None = None
 
         def find() -> BaseImage | None:
-            base = self._find(image_id, call.expect)
-            return base if base is not None and self._note_use(base) else None
+            nonlocal found
+            found = self._hit(image_id, call.expect)
+            return found
 
         def accepts(base: BaseImage) -> bool:
             return call.expect in (None, base.digest)
@@ -177,15 +179,18 @@ class Engine:
                     if failed.is_set():  # what it had written is gone again, and what made room for it stays gone
                         self._tell_usage(image_id)
             if accepts(base):
-                self._tell_use(base, new=fetched.is_set())
+                self._tell_use(base, new=fetched.is_set() and base is not found)  # another host's is found
                 return base
         todo = "Find out who re-uses the image id, or removes what is just used"
         raise BackendError("others keep replacing or removing the base", image_id=image_id, stage="publish", todo=todo)
 
-    def _note_use(self, base: BaseImage) -> bool:
-        """Note that a caller gets a base; False: it was removed before its use was noted."""
+    def _hit(self, image_id: str, expect: Digest | None) -> BaseImage | None:
+        """The base that a caller gets, its use noted; None: there is none, or it was removed before that."""
+        base = self._find(image_id, expect)
+        if base is None:
+            return None
         self._touch(base)
-        return _is_there(base)
+        return base if _is_there(base) else None
 
     def _tell_use(self, base: BaseImage, *, new: bool) -> None:
         if new:

@@ -235,7 +235,7 @@ def test_a_writer_that_nobody_ended(ceph: CephCluster, tmp_path: Path) -> None:
         "backend = pool.from_spec(sys.argv[1])\nwriter = backend.stage_base('img', 'raw')\n"
         "writer.write_at(0, b'x')\nbackend.close()\nwriter.discard()\n"
     )
-    assert pool.spawn(code, pool.spec(ceph, tmp_path), timeout=20) == 0
+    assert pool.spawn(code, pool.spec(ceph, tmp_path), timeout=60) == 0
     assert pool.names(ceph) == []
     assert _signs(ceph) == []
 

@@ -13,7 +13,7 @@ import pytest
 
 from harness.images import raw
 from harness.waiting import until
-from nova_imagecache import CacheConfig, ImageCache
+from nova_imagecache import CacheConfig, Event, ImageCache
 from nova_imagecache.backends import Claim
 from nova_imagecache.exceptions import CancelledError, DeadlineError, ImageCacheError, LockTimeoutError
 from nova_imagecache.testing import FakeSource, MemoryBackend
@@ -32,9 +32,15 @@ class Claimed(MemoryBackend):
         return super().claim_import(image_id) if self.free.is_set() else None
 
 
-def make_cache(directory: Path, backend: MemoryBackend, lock_timeout: float = 60) -> ImageCache:
+def make_cache(
+    directory: Path,
+    backend: MemoryBackend,
+    lock_timeout: float = 60,
+    on_event: Callable[[Event], None] | None = None,
+) -> ImageCache:
     config = CacheConfig(root=directory, backend="memory", lock_timeout=timedelta(seconds=lock_timeout))
-    return ImageCache(config, source=FakeSource({"img": raw("claimed").fake}), backend=backend)
+    source = FakeSource({"img": raw("claimed").fake})
+    return ImageCache(config, source=source, backend=backend, on_event=on_event)
 
 
 @pytest.mark.slow
@@ -86,17 +92,19 @@ def _given_back(directory: Path, backend: Claimed) -> None:
     backend.free.set()
 
 
-@pytest.mark.parametrize("end", [_published, _given_back])
-def test_the_other_host_ends_it(tmp_path: Path, end: Callable[[Path, Claimed], None]) -> None:
-    """What the other host publishes is the answer; where it gave up, this one goes on."""
+@pytest.mark.parametrize(("end", "told"), [(_published, "used"), (_given_back, "published")])
+def test_the_other_host_ends_it(tmp_path: Path, end: Callable[[Path, Claimed], None], told: str) -> None:
+    """What the other host publishes is the answer, and its event there; where it gave up, this one goes on."""
     backend = Claimed()
     cancel = threading.Event()
-    with make_cache(tmp_path / "this", backend) as cache, ThreadPoolExecutor(1) as threads:
+    events: list[Event] = []
+    with make_cache(tmp_path / "this", backend, on_event=events.append) as cache, ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(cache.ensure_base, "img", cancel=cancel)
         try:
             until(lambda: backend.asked, "the first question")
             assert not waiting.done()
             end(tmp_path / "other", backend)
             assert waiting.result(10).image_id == "img"
+            assert [event.kind for event in events if event.kind != "usage-changed"] == [told]
         finally:
             cancel.set()

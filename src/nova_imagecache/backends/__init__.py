@@ -195,7 +195,7 @@ class Unreadable:
 
 
 class Claim:
-    """The right to bring one image in. This one is of storage that one host has to itself."""
+    """The right to bring one image in, or to have it copied. This one is of storage that one host has to itself."""
 
     def release(self) -> None:
         """Give the right back. May be called more than once."""
@@ -414,10 +414,11 @@ class Backend(abc.ABC):
         return None
 
     def claim_import(self, image_id: str) -> Claim | None:
-        """The right to bring the image in for all hosts that share this storage; None: another host is at it.
+        """The right to bring the image in, or to have its service copy it, for all hosts that share this storage; None:
+        another host is at it.
 
-        It saves work and nothing else: whoever loses a race drops what it made. The default claims nothing, since the
-        core's own lock is enough on one host.
+        It saves work: whoever loses a race drops what it made. The default claims nothing, since the core's own lock is
+        enough on one host.
         """
         del image_id
         return Claim()

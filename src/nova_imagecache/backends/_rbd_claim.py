@@ -1,8 +1,9 @@
 """The right to bring one image in for a whole cluster: a lock on the object ``claim.<image-id>`` in the pool.
 
 The lock ends by itself, and a thread renews it while the import runs: who dies gives it back within ``SECONDS`` and
-two. It saves work and nothing else, so nothing fails for want of it. The object goes with the lock; one that a dead
-process leaves is empty, and goes when the image is brought in again.
+two. It saves work, so nothing fails for want of it; where Glance copies the image it also keeps two from asking at
+once, which Glance may answer by deleting the first's copy. The object goes with the lock; one that a dead process
+leaves is empty, and goes when the image is brought in again.
 """
 
 from __future__ import annotations
