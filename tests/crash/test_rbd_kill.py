@@ -116,8 +116,7 @@ def _half(ceph: CephCluster, begins: str, state: int) -> None:
 
 def _look_done(backend: RbdBackend, retired: Retired) -> None:
     """What is in the trash when the remover of a base begins to free it."""
-    with _rados.changing(backend.store.io, image_id=retired.token) as image:
-        _rados.remove_metadata(image, RETIRED)
+    _rados.set_metadata(backend.store.io, retired.token, {RETIRED: None})
     backend._let_go(retired.token)
 
 

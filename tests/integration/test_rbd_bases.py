@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from harness import rbd as pool
 from harness.images import raw
 from nova_imagecache import BaseNotFoundError, CacheConfig, ImageCache
 from nova_imagecache.backends import _rados, _rados_claims, _rbd_adopted, _rbd_bases
+from nova_imagecache.backends._rados_errors import NotThereError
 from nova_imagecache.exceptions import BackendUnavailableError, BaseInUseError, DiskInUseError
 from nova_imagecache.testing import FakeSource, FaultPlan
 from services.ceph import CephCluster
@@ -150,12 +151,13 @@ def test_use_is_written_down_once_a_minute(ceph: CephCluster, tmp_path: Path, mo
     with make_cache(ceph, tmp_path) as cache, FaultPlan([_rados]) as plan:
         base = cache.ensure_base("img")
         backend = pool.make_backend(ceph, tmp_path)
+        rbd_id = backend.store.id_of("base.img")
 
         def marks() -> int:
             """Writes to the base's marks since the last call."""
-            found = [step for step in plan.trace[marks_seen[0] :] if "last-used" in str(step.targets)]
+            steps = plan.trace[marks_seen[0] :]
             marks_seen[0] = len(plan.trace)
-            return len(found)
+            return sum(step.name == "rados.set_metadata" and rbd_id in step.targets for step in steps)
 
         marks_seen = [0]
         assert marks() == 1  # when it was published
@@ -163,6 +165,7 @@ def test_use_is_written_down_once_a_minute(ceph: CephCluster, tmp_path: Path, mo
             cache.create_root_disk("img", f"vm-{number}")
         assert marks() == 0
         backend.mark_unused(base, time.time())
+        assert marks() == 1
         cache.create_root_disk("img", "vm-3")
         assert marks() == 1
         assert cache.get_base("img").unused_since is None
@@ -174,6 +177,33 @@ def test_use_is_written_down_once_a_minute(ceph: CephCluster, tmp_path: Path, mo
         assert after is not None
         assert after > before
         backend.close()
+
+
+def test_a_mark_asks_nobody_for_the_lock(ceph: CephCluster, tmp_path: Path) -> None:
+    """A client that has the image's lock and stands still holds up no mark, and is not thrown out for one."""
+
+    def lockers() -> object:
+        with pool.opened(ceph, "base.img") as image:
+            return image.list_lockers()
+
+    with make_cache(ceph, tmp_path) as cache, closing(pool.make_backend(ceph, tmp_path)) as backend:
+        base = cache.ensure_base("img")
+        with pool.lock_taken(ceph, "base.img"):
+            before = lockers()
+            backend.mark_unused(base, 1_700_000_000.5)
+            assert lockers() == before != []
+            assert cache.get_base("img").unused_since == 1_700_000_000.5
+            backend.mark_unused(base, None)
+        assert cache.get_base("img").unused_since is None
+
+
+def test_a_mark_makes_no_image(ceph: CephCluster, tmp_path: Path) -> None:
+    """One on an image that is gone says so, and leaves no header that nobody would ever remove."""
+    with closing(pool.make_backend(ceph, tmp_path)) as backend, ceph.pool("vms") as ioctx:
+        for value in ("1", None):
+            with pytest.raises(NotThereError):
+                _rados.set_metadata(backend.store.io, "0123456789ab", {"key": value})
+        assert [one.key for one in ioctx.list_objects() if one.key.startswith("rbd_header.")] == []
 
 
 FEATURES = {
@@ -233,4 +263,4 @@ def test_no_step_too_many(ceph: CephCluster, tmp_path: Path, monkeypatch: pytest
         assert [name.rpartition(".")[0] for name in opened] == ["staging.vm_disk"]
         monkeypatch.undo()
     steps = [step.name.removeprefix("rados.") for step in plan.trace]
-    assert steps == ["clone", "resize", "set_metadata", "set_metadata", "trash_move", "trash_restore"]
+    assert steps == ["clone", "resize", "set_metadata", "trash_move", "trash_restore"]

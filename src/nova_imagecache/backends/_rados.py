@@ -17,7 +17,7 @@ from nova_imagecache.backends._rados_errors import NotThereError, RefusedError, 
 from nova_imagecache.exceptions import BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 SEAMS = (
     "make_trash",
@@ -32,7 +32,6 @@ SEAMS = (
     "clone",
     "flatten",
     "set_metadata",
-    "remove_metadata",
     "trash_move",
     "trash_restore",
     "trash_remove",
@@ -44,6 +43,9 @@ SEAMS = (
 
 TRASH = "rbd_trash"
 """The object that lists what is in a pool's trash."""
+
+GREATER = 3
+"""LIBRADOS_CMPXATTR_OP_GT"""
 
 _TURN = 120.0
 """Seconds: more than Ceph's own time limit for the read."""
@@ -230,19 +232,20 @@ def flatten(image: Any) -> None:
         image.flatten()
 
 
-def set_metadata(image: Any, key: str, value: str) -> None:
-    """Set a value of the image's metadata. A clone begins with a copy of its parent's."""
-    with answers(f"set metadata {key}"):
-        image.metadata_set(key, value)
+def set_metadata(ioctx: Any, image_id: str, values: Mapping[str, str | None]) -> None:
+    """Set values of the image's metadata, and take away those that are None, in one atomic step that opens no image.
 
-
-def remove_metadata(image: Any, key: str) -> None:
-    """Take a value away; one that is not there is fine."""
-    with answers(f"remove metadata {key}"):
-        try:
-            image.metadata_remove(key)
-        except KeyError:
-            return
+    A clone begins with a copy of its parent's. NotThereError: there is no such image.
+    """
+    rados, _ = bindings()
+    with answers(f"set metadata {', '.join(values)} of {image_id}"), rados.WriteOpCtx() as operation:
+        operation.omap_cmp("features", "", GREATER)  # every header has them; without this one would be made
+        for key, value in values.items():
+            if value is None:
+                operation.execute("rbd", "metadata_remove", encoded(key))
+            else:  # a map of one
+                operation.execute("rbd", "metadata_set", struct.pack("<I", 1) + encoded(key) + encoded(value))
+        ioctx.operate_write_op(operation, f"rbd_header.{image_id}")
 
 
 def trash_move(ioctx: Ioctx, name: str, delay: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from nova_imagecache.backends._rados import answers, bindings, encoded
+from nova_imagecache.backends._rados import GREATER, answers, bindings, encoded
 from nova_imagecache.backends._rados_errors import NotThereError
 from nova_imagecache.exceptions import BackendUnavailableError
 
@@ -14,7 +14,6 @@ SEAMS = ("claim", "claim_image", "remove_claimed")
 
 _CLAIM = "nova_imagecache.claim"
 _MAY_RENEW = 1  # LIBRADOS_LOCK_FLAG_RENEW
-_GREATER = 3  # LIBRADOS_CMPXATTR_OP_GT
 
 
 def claim(ioctx: Any, key: str, cookie: str, seconds: int, why: str, *, renewing: bool = False) -> None:
@@ -33,7 +32,7 @@ def claim_image(ioctx: Any, image_id: str, cookie: str, seconds: int, why: str) 
     # struct cls_lock_lock_op: name, type 1 (exclusive), cookie, no tag, why, seconds and nanoseconds, no flags
     held = encoded(_CLAIM) + b"\1" + encoded(cookie) + encoded("") + encoded(why) + struct.pack("<IIB", seconds, 0, 0)
     with answers(f"claim {key}"), rados.WriteOpCtx() as operation:
-        operation.omap_cmp("features", "", _GREATER)  # every header has them
+        operation.omap_cmp("features", "", GREATER)  # every header has them
         operation.execute("lock", "lock", struct.pack("<BBI", 1, 1, len(held)) + held)
         ioctx.operate_write_op(operation, key)
     return key

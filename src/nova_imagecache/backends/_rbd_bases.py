@@ -145,18 +145,16 @@ class RbdBases(RetirableBases):
         # a write for each disk would make one object of all hosts' traffic
         if unused_since is None and time.time() - (last_used or 0.0) < TOUCH_INTERVAL:
             return
-        with suppress(NotThereError), _rados.changing(self.store.io, name=base_name(base.image_id)) as image:
-            _rados.set_metadata(image, LAST_USED, repr(time.time()))
-            _rados.remove_metadata(image, UNUSED_SINCE)
+        with suppress(NotThereError):
+            _rados.set_metadata(self.store.io, rbd_id, {LAST_USED: repr(time.time()), UNUSED_SINCE: None})
 
     def mark_unused(self, base: BaseImage, when: float | None) -> None:
         if not base.managed:
             return
-        with suppress(NotThereError), _rados.changing(self.store.io, name=base_name(base.image_id)) as image:
-            if when is None:
-                _rados.remove_metadata(image, UNUSED_SINCE)
-            else:
-                _rados.set_metadata(image, UNUSED_SINCE, repr(when))
+        rbd_id = _rbd_look.named(self.store.io, base_name(base.image_id))
+        if rbd_id is not None:
+            with suppress(NotThereError):
+                _rados.set_metadata(self.store.io, rbd_id, {UNUSED_SINCE: None if when is None else repr(when)})
 
     # --- bytes and figures
 

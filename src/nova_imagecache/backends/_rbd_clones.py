@@ -41,9 +41,8 @@ class RbdClones(RbdBases):
             self._still_there(base, image)
             if image.size() != size:
                 _rados.resize(image, size)
-            _rados.set_metadata(image, DISK, _records.dump_disk(record).decode())
-            _rados.set_metadata(image, FINAL, final)
             rbd_id = image.id()
+        _rados.set_metadata(self.store.io, rbd_id, {DISK: _records.dump_disk(record).decode(), FINAL: final})
         self.touch_base(base)
         return rbd_id
 

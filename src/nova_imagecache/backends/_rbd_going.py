@@ -70,8 +70,7 @@ def take_out(store: Store, rbd_id: str, name: str, mark: Going) -> None:
     with store.claimed(rbd_id, "taking the disk out"):
         if store.id_of(name) != rbd_id:
             raise NotThereError(f"{name} is gone, or another disk")
-        with _rados.changing(store.io, image_id=rbd_id) as image:
-            _rados.set_metadata(image, GOING, mark.dump())
+        _rados.set_metadata(store.io, rbd_id, {GOING: mark.dump()})
         before = _trashed(store, name)
         # what is replaced is all that there is of the disk until its successor is whole
         _rados.trash_move(store.io, name, DELAY if mark.why == "replaced" else 0)
@@ -101,8 +100,7 @@ def put_back(store: Store, rbd_id: str, name: str, mark: Going | None = None) ->
             return
         with suppress(NotThereError):
             store.restore(rbd_id, name)
-        with _rados.changing(store.io, image_id=rbd_id) as image:
-            _rados.remove_metadata(image, GOING)
+        _rados.set_metadata(store.io, rbd_id, {GOING: None})
 
 
 def _is_marked(store: Store, rbd_id: str, mark: Going) -> bool:
@@ -155,8 +153,7 @@ def _mark_removed(store: Store, rbd_id: str, mark: Going) -> None:
     with store.claimed(rbd_id, "removing it"):
         if not _is_marked(store, rbd_id, mark):
             raise NotThereError("it has its name back")
-        with _rados.changing(store.io, image_id=rbd_id) as image:
-            _rados.set_metadata(image, GOING, going().dump())
+        _rados.set_metadata(store.io, rbd_id, {GOING: going().dump()})
 
 
 def is_coming(store: Store, mark: Going) -> bool:

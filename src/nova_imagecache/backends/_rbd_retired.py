@@ -138,9 +138,7 @@ class RetirableBases(Backend):
         try:
             with self.store.claimed(rbd_id, "taking the name away"):
                 self._id_of(base, "retire", rbd_id)
-                with _rados.changing(self.store.io, image_id=rbd_id) as image:
-                    for key, value in {RETIRED: mark, **marks}.items():
-                        _rados.set_metadata(image, key, value)
+                _rados.set_metadata(self.store.io, rbd_id, {RETIRED: mark, **marks})
                 self.store.take_away(rbd_id, base_name(base.image_id))
             # a use that was noted meanwhile is told: whoever noted it may have found the base still there
             last_used = seconds(_rbd_look.metadata_of(self.store.io, rbd_id, LAST_USED))
@@ -194,8 +192,7 @@ class RetirableBases(Backend):
                     if _rbd_look.metadata_of(self.store.io, rbd_id, RETIRED) not in (None, mark):
                         return
                     # both looks are done: whoever finds it now may end this
-                    with _rados.changing(self.store.io, image_id=rbd_id) as image:
-                        _rados.remove_metadata(image, RETIRED)
+                    _rados.set_metadata(self.store.io, rbd_id, {RETIRED: None})
                 self._free(retired)
         except NotThereError:
             return

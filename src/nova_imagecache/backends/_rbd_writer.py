@@ -162,9 +162,8 @@ class RbdWriter(BaseWriter):
             if self._store.clones_need_protection():
                 _rados.protect(image, SNAPSHOT)
             now = time.time()
-            _rados.set_metadata(image, RECORD, _records.dump_base(record).decode())
-            _rados.set_metadata(image, LAST_USED, repr(now))
-            _rados.set_metadata(image, FINAL, self._final)
+            notes = {RECORD: _records.dump_base(record).decode(), LAST_USED: repr(now), FINAL: self._final}
+            _rados.set_metadata(self._store.io, rbd_id, notes)
             self._close()
             winner = self._publish(rbd_id)
         self.discard()
