@@ -44,9 +44,7 @@ SEAMS = (
 TRASH = "rbd_trash"
 """The object that lists what is in a pool's trash."""
 
-GREATER = 3
-"""LIBRADOS_CMPXATTR_OP_GT"""
-
+_GREATER = 3  # LIBRADOS_CMPXATTR_OP_GT
 _TURN = 120.0
 """Seconds: more than Ceph's own time limit for the read."""
 
@@ -147,6 +145,19 @@ def abandon(image: Image) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(image))
 
 
+@contextmanager
+def header(ioctx: Any, image_id: str) -> Iterator[Any]:
+    """A write operation on the image's header, filled in the block and made after it; ENOENT: there is no such image.
+
+    A plain one would make a header, of an image that somebody has just removed, and nobody would ever take it away.
+    """
+    rados, _ = bindings()
+    with rados.WriteOpCtx() as operation:
+        operation.omap_cmp("features", "", _GREATER)  # every header has them
+        yield operation
+        ioctx.operate_write_op(operation, f"rbd_header.{image_id}")
+
+
 # --- changing: the steps ---------------------------------------------------------------------------------------------
 
 
@@ -237,15 +248,12 @@ def set_metadata(ioctx: Any, image_id: str, values: Mapping[str, str | None]) ->
 
     A clone begins with a copy of its parent's. NotThereError: there is no such image.
     """
-    rados, _ = bindings()
-    with answers(f"set metadata {', '.join(values)} of {image_id}"), rados.WriteOpCtx() as operation:
-        operation.omap_cmp("features", "", GREATER)  # every header has them; without this one would be made
+    with answers(f"set metadata {', '.join(values)} of {image_id}"), header(ioctx, image_id) as operation:
         for key, value in values.items():
             if value is None:
                 operation.execute("rbd", "metadata_remove", encoded(key))
             else:  # a map of one
                 operation.execute("rbd", "metadata_set", struct.pack("<I", 1) + encoded(key) + encoded(value))
-        ioctx.operate_write_op(operation, f"rbd_header.{image_id}")
 
 
 def trash_move(ioctx: Ioctx, name: str, delay: int) -> None:

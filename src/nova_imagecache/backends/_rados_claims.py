@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from nova_imagecache.backends._rados import GREATER, answers, bindings, encoded
+from nova_imagecache.backends._rados import answers, bindings, encoded, header
 from nova_imagecache.backends._rados_errors import NotThereError
 from nova_imagecache.exceptions import BackendUnavailableError
 
@@ -23,18 +23,12 @@ def claim(ioctx: Any, key: str, cookie: str, seconds: int, why: str, *, renewing
 
 
 def claim_image(ioctx: Any, image_id: str, cookie: str, seconds: int, why: str) -> str:
-    """As ``claim``, on the header of this image, whose key is returned; NotThereError: it has none.
-
-    A plain claim would make one, of an image that somebody has just removed, and nobody would ever take it away.
-    """
-    rados, _ = bindings()
+    """As ``claim``, on the header of this image, whose key is returned; NotThereError: it has none."""
     key = f"rbd_header.{image_id}"
     # struct cls_lock_lock_op: name, type 1 (exclusive), cookie, no tag, why, seconds and nanoseconds, no flags
     held = encoded(_CLAIM) + b"\1" + encoded(cookie) + encoded("") + encoded(why) + struct.pack("<IIB", seconds, 0, 0)
-    with answers(f"claim {key}"), rados.WriteOpCtx() as operation:
-        operation.omap_cmp("features", "", GREATER)  # every header has them
+    with answers(f"claim {key}"), header(ioctx, image_id) as operation:
         operation.execute("lock", "lock", struct.pack("<BBI", 1, 1, len(held)) + held)
-        ioctx.operate_write_op(operation, key)
     return key
 
 
